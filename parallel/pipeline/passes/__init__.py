@@ -1,0 +1,1 @@
+"""Passes: small pure functions from program to program that add what schedule authors leave out."""

@@ -1,0 +1,165 @@
+"""What an action waits for, as one table, which is what a program means.
+
+The simulator and the verifier read it, passes keep to it, and the executor waits where it says.
+
+Two kinds of waiting make up the meaning of a program. First, actions on one lane of one rank run in the order
+in which the rank lists them. Second, an action waits for other actions, on its own rank or elsewhere, by the
+rules below. Nothing else orders anything: lanes of one rank run beside each other.
+
+A boundary between two stages is crossed in one of two ways. Where the program has transfers and the stages
+are on different ranks, data arrives by RECV and the consumer waits for that. Where both stages share a rank,
+or where sends and receives have not been placed yet, the consumer waits for the producer directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from types import MappingProxyType
+from typing import NamedTuple
+
+from parallel.pipeline.actions import Action, Op
+from parallel.pipeline.program import Program
+
+
+class Requirement(NamedTuple):
+    """That `action` is finished on `rank`, and why it has to be."""
+
+    rank: int
+    action: Action
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.action} on rank {self.rank} ({self.reason})"
+
+
+class At(Enum):
+    """The stages whose actions a rule means, seen from the waiting action."""
+
+    OWN = auto()  # the same stage
+    BEFORE = auto()  # the stage before
+    AFTER = auto()  # the stage after
+    BEFORE_DIRECT = auto()  # the stage before, where its output is read directly
+    AFTER_DIRECT = auto()  # the stage after, where its gradient is read directly
+    OWN_FED_BEFORE = auto()  # the same stage, where a transfer brings the output of the stage before
+    OWN_FED_AFTER = auto()  # the same stage, where a transfer brings the gradient of the stage after
+    RANK = auto()  # every stage of the same rank
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row of the table.
+
+    Attributes:
+        needs: the ops that end the wait. The program lists one of them for each (stage, micro-batch); where
+            it lists none, the first is demanded, so that what is missing can be named.
+        reason: why, in words that complete "waits until ...".
+        at: at which stages.
+        if_listed: wait for all of `needs` that the program lists, and demand none.
+    """
+
+    needs: tuple[Op, ...]
+    reason: str
+    at: At = At.OWN
+    if_listed: bool = False
+
+
+_BACKWARD = (
+    Rule((Op.F,), "its forward has run"),
+    Rule((Op.RECV_I,), "its output gradient has arrived", At.OWN_FED_AFTER),
+    Rule((Op.B, Op.I), "the stage after has its input gradient", At.AFTER_DIRECT),
+    Rule((Op.RELOAD,), "its activations are back on the device", if_listed=True),
+)
+
+# An action of one micro-batch waits for actions of that micro-batch, a step-level one for those of all.
+RULES: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
+    {
+        Op.F: (
+            Rule((Op.RECV_F,), "its input has arrived", At.OWN_FED_BEFORE),
+            Rule((Op.F,), "the stage before has its output", At.BEFORE_DIRECT),
+        ),
+        Op.B: _BACKWARD,
+        Op.I: _BACKWARD,
+        Op.W: (Rule((Op.I,), "its input-gradient half has run"),),
+        Op.SEND_F: (Rule((Op.F,), "the output exists"),),
+        Op.RECV_F: (Rule((Op.SEND_F,), "the stage before has sent", At.BEFORE),),
+        Op.SEND_I: (Rule((Op.B, Op.I), "the input gradient exists"),),
+        Op.RECV_I: (Rule((Op.SEND_I,), "the stage after has sent", At.AFTER),),
+        Op.REDUCE: (Rule((Op.B, Op.W), "the gradient is complete"),),
+        # Clipping scales by the norm over all gradients of the model: no update before that is known.
+        Op.UPDATE: (
+            Rule((Op.B, Op.W), "the norm needs every gradient of the rank", At.RANK),
+            Rule((Op.REDUCE,), "the norm needs every gradient of the rank reduced", At.RANK, if_listed=True),
+            Rule((Op.FETCH,), "the optimizer state is here", if_listed=True),
+        ),
+        # Without an UPDATE before it, a GATHER collects weights that are as they were; nothing is waited for.
+        Op.GATHER: (Rule((Op.UPDATE,), "the weights are updated", if_listed=True),),
+        Op.RELEASE: (Rule((Op.F, Op.B, Op.I, Op.W), "the weights are no longer read", if_listed=True),),
+        Op.OFFLOAD: (Rule((Op.F,), "the activations exist"),),
+        Op.RELOAD: (Rule((Op.OFFLOAD,), "the activations are in host memory"),),
+        Op.FETCH: (),
+        Op.FLUSH: (Rule((Op.UPDATE,), "the optimizer state is updated", if_listed=True),),
+    }
+)
+
+
+def prerequisites(action: Action, program: Program) -> tuple[Requirement, ...]:
+    """What the action waits for beyond its turn on its lane; each requirement on the rank of its stage.
+
+    A requirement may name an action that the program does not list: then the action can never run.
+    """
+    found: list[Requirement] = []
+    for rule in RULES[action.op]:
+        for stage in _stages(rule.at, action.stage, program):
+            rank = program.placement[stage]
+            wanted = (_if_listed if rule.if_listed else _demanded)(rule, stage, action, program)
+            found += [Requirement(rank, needed, rule.reason) for needed in wanted]
+    return tuple(found)
+
+
+def receive_of(send: Action, program: Program) -> Requirement | None:
+    """The receive that a send meets, on its rank; None at the end of the pipeline, where nothing is met."""
+    stage = send.stage + (1 if send.op is Op.SEND_F else -1)
+    if not 0 <= stage < program.stages:
+        return None
+    op = Op.RECV_F if send.op is Op.SEND_F else Op.RECV_I
+    return Requirement(program.placement[stage], Action(op, stage, send.microbatch), "the receiver is ready")
+
+
+def _stages(at: At, stage: int, program: Program) -> tuple[int, ...]:
+    """The stages that `at` means; none without such a neighbour, or if the boundary is crossed otherwise."""
+    if at is At.OWN:
+        return (stage,)
+    if at is At.RANK:
+        return program.stages_of(program.placement[stage])
+    before = at in (At.BEFORE, At.BEFORE_DIRECT, At.OWN_FED_BEFORE)
+    neighbour = stage - 1 if before else stage + 1
+    if not 0 <= neighbour < program.stages:
+        return ()
+    if at in (At.BEFORE, At.AFTER):
+        return (neighbour,)
+    transferred = program.has_transfers and program.crossings[min(stage, neighbour)]
+    if at in (At.BEFORE_DIRECT, At.AFTER_DIRECT):
+        return () if transferred else (neighbour,)
+    return (stage,) if transferred else ()
+
+
+def _demanded(rule: Rule, stage: int, action: Action, program: Program) -> Iterator[Action]:
+    """For each micro-batch, the first of the rule's ops that the program lists, or the first of all."""
+    every = action.microbatch is None
+    for microbatch in range(program.microbatches) if every else (action.microbatch,):
+        first = Action(rule.needs[0], stage, microbatch)
+        if len(rule.needs) > 1 and first not in program.listed:
+            others = (Action(op, stage, microbatch) for op in rule.needs[1:])
+            yield next((other for other in others if other in program.listed), first)
+        else:
+            yield first
+
+
+def _if_listed(rule: Rule, stage: int, action: Action, program: Program) -> Iterator[Action]:
+    """All of the rule's ops that the program lists: of the action's micro-batch, if it names one."""
+    for op in rule.needs:
+        for needed in program.by_stage.get((op, stage), ()):
+            if action.microbatch in (None, needed.microbatch):
+                yield needed
