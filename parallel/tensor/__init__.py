@@ -1,0 +1,1 @@
+"""Tensor parallelism, applied from outside to a plain model."""

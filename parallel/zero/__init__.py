@@ -1,0 +1,1 @@
+"""ZeRO: gradients and optimizer state of units spread over data-parallel ranks."""

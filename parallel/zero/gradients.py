@@ -1,0 +1,202 @@
+"""Gradients of the flat space: written by layers, reduced unit by unit behind the rest of the backward.
+
+With k_grads = 1 a unit keeps one fp32 buffer for the whole step: micro-batches add into it, and it is reduced
+once, when the last micro-batch has written its last gradient. With k_grads > 1 a unit owns only its share: every
+micro-batch writes into a staging buffer, which is reduced into the share and handed to the next unit.
+
+A reduction is a generator of phases (parallel/comm/channel.py). They are started and advanced in the order in
+which units become ready, which is the same on all ranks of a stage, so collectives match without any
+coordination: whenever a unit becomes ready, older reductions move one phase on and the new one is launched.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from parallel.comm.channel import Channel, Pending, Steps
+from parallel.flat.space import FlatSpace, Range, Slot, Unit
+from parallel.zero.config import ThreeNumbers
+
+
+class DataChannels:
+    """The channels over ranks that hold the same weights: sharded, replicated, and both together."""
+
+    def __init__(self, shard: Channel, replicate: Channel, both: Channel) -> None:
+        self.shard, self.replicate, self.both = shard, replicate, both
+
+
+class _ParameterGradient:
+    """The gradient slot of one parameter (see parallel/gradients.py)."""
+
+    def __init__(self, unit: UnitGradients, slot: Slot) -> None:
+        self.unit, self.slot = unit, slot
+        self.fresh = True
+
+    def accumulate(self, write: Callable[[Tensor, bool], None]) -> None:
+        buffer = self.unit.writable()
+        view = buffer[self.slot.range.start : self.slot.range.stop].view(self.slot.spec.shape)
+        write(view, self.fresh)
+        self.fresh = False
+        self.unit.contributed()
+
+
+class UnitGradients:
+    """The gradients of one unit through a step."""
+
+    def __init__(self, unit: Unit, store: GradientStore) -> None:
+        self.unit, self.store = unit, store
+        self.slots = {slot.spec.name: _ParameterGradient(self, slot) for slot in unit.slots}
+        self.expected = len(unit.slots)
+        self.received = 0
+        self.whole = False
+        self.buffer: Tensor | None = None
+        self.accumulated = False
+        own = unit.share(store.share_index, store.numbers.optim)
+        self.owned_range: Range = own
+        if store.numbers.grads == 1:
+            self.buffer = torch.zeros(unit.numel, dtype=torch.float32, device=store.device)
+            self.owned = self.buffer[own.start : own.stop]
+        else:
+            self.owned = torch.zeros(own.length, dtype=torch.float32, device=store.device)
+
+    def writable(self) -> Tensor:
+        """The buffer that this micro-batch's gradients are written to, shape (unit.numel,)."""
+        if self.buffer is None:
+            self.buffer = self.store.take_staging(self.unit.numel)
+            self._expect_fresh()
+        return self.buffer
+
+    def contributed(self) -> None:
+        """One more parameter gradient of this backward pass has arrived."""
+        self.received += 1
+        if self.received == self.expected:
+            self.complete()
+
+    def complete(self) -> None:
+        """Every gradient of this backward pass is there: reduce now, or wait for the other micro-batches."""
+        self.whole = True
+        if self.store.numbers.grads > 1 or self.store.last_backward[self.unit.stage]:
+            self._zero_unwritten()
+            buffer = self.writable()
+            if self.store.numbers.grads > 1:
+                self.buffer = None  # the next micro-batch writes elsewhere while this one is reduced
+            self.store.launch(self._reduce(buffer))
+
+    def begin_backward(self) -> None:
+        self.received, self.whole = 0, False
+
+    def begin_step(self) -> None:
+        self.accumulated = False
+        self._expect_fresh()
+
+    def _expect_fresh(self) -> None:
+        for slot in self.slots.values():
+            slot.fresh = True
+
+    def _zero_unwritten(self) -> None:
+        buffer = self.writable()
+        for slot in self.slots.values():
+            if slot.fresh:
+                buffer[slot.slot.range.start : slot.slot.range.stop].zero_()
+
+    def _reduce(self, buffer: Tensor) -> Steps:
+        data, numbers = self.store.data, self.store.numbers
+        if numbers.optim == 1:
+            yield from data.both.all_reduce(buffer)
+            return
+        last = self.store.last_backward[self.unit.stage]
+        yield from data.shard.reduce_scatter(buffer)
+        if numbers.grads > 1:
+            share = data.shard.share(buffer, data.shard.index)
+            if self.accumulated:
+                self.owned.add_(share)
+            else:
+                self.owned.copy_(share)
+            self.accumulated = True
+            self.store.return_staging(buffer)
+        if last:
+            yield from data.replicate.all_reduce(self.owned)
+
+
+class GradientStore:
+    """All gradients of a rank.
+
+    Attributes:
+        last_backward: Per stage, whether the backward pass under way is the stage's last of the step.
+    """
+
+    def __init__(self, space: FlatSpace, numbers: ThreeNumbers, data: DataChannels, device: torch.device) -> None:
+        self.numbers, self.data, self.device = numbers, data, device
+        self.share_index = data.shard.index if numbers.optim > 1 else 0
+        self.last_backward = {unit.stage: False for unit in space.units}
+        self._staging: list[Tensor] = []
+        self._under_way: deque[Pending] = deque()
+        self.units = {unit.name: UnitGradients(unit, self) for unit in space.units}
+
+    def slot(self, unit: str, parameter: str, uses: int = 1) -> _ParameterGradient:
+        """The slot of a parameter that `uses` layers write to in every backward pass."""
+        self.units[unit].expected += uses - 1
+        return self.units[unit].slots[parameter]
+
+    def begin_step(self) -> None:
+        """Forget the previous step's gradients (nothing is zeroed: first writes overwrite)."""
+        for unit in self.units.values():
+            unit.begin_step()
+
+    def launch(self, steps: Steps) -> None:
+        """Start a reduction, after those under way have moved on by a phase."""
+        self.advance()
+        self._under_way.append(Pending(steps))
+
+    def advance(self) -> None:
+        """Move every reduction under way on by a phase."""
+        for pending in self._under_way:
+            pending.advance()
+        while self._under_way and self._under_way[0].done:
+            self._under_way.popleft()
+
+    def begin_backward(self, stage: int, last: bool) -> None:
+        """A backward pass of `stage` begins; `last` says that it is the last one of the step."""
+        self.last_backward[stage] = last
+        for unit in self.units.values():
+            if unit.unit.stage == stage:
+                unit.begin_backward()
+
+    def end_backward(self, stage: int) -> None:
+        """A backward pass of `stage` has ended: units with parameters that took no part in it are complete, too."""
+        for unit in self.units.values():
+            if unit.unit.stage == stage and not unit.whole:
+                unit.complete()
+
+    def finish(self) -> None:
+        """Wait until every launched reduction has arrived."""
+        while self._under_way:
+            self._under_way.popleft().finish()
+
+    def take_staging(self, numel: int) -> Tensor:
+        """A staging buffer of `numel` elements; the oldest reduction is finished first if two are under way."""
+        while len(self._under_way) >= 2:
+            self._under_way.popleft().finish()
+        for position, buffer in enumerate(self._staging):
+            if buffer.numel() == numel:
+                return self._staging.pop(position)
+        return torch.zeros(numel, dtype=torch.float32, device=self.device)
+
+    def return_staging(self, buffer: Tensor) -> None:
+        """Give a staging buffer back."""
+        self._staging.append(buffer)
+
+    def memory_bytes(self) -> int:
+        """Bytes held now: owned shares, whole buffers and staging."""
+        held = {}
+        for unit in self.units.values():
+            for tensor in (unit.buffer, unit.owned):
+                if tensor is not None:
+                    held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        for tensor in self._staging:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(held.values())

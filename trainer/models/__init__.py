@@ -1,0 +1,1 @@
+"""Decoder models: plain single-device modules and their configuration."""
