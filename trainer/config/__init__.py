@@ -1,0 +1,1 @@
+"""Configuration: loading, merging, checking, and the words for what is wrong with it."""

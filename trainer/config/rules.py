@@ -1,0 +1,150 @@
+"""Rules between sections of the run config, checked together before any process group exists."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from parallel.layout import Layout
+from parallel.pipeline.schedules import registry
+from trainer.config.problems import ConfigError, Problem
+from trainer.config.run import BatchSizes, ResolvedRun, RunConfig
+from trainer.data.check import check_dataset
+
+
+def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
+    """The config for `world_size` ranks.
+
+    Raises:
+        ConfigError: all rules that are broken, each with its value, rule, config path and fix.
+    """
+    problems = [Problem(f"model.{key}", value, rule, fix) for key, value, rule, fix in config.model.problems()]
+    layout = _layout(config, world_size, problems)
+    batch: BatchSizes | None = None
+    if layout is not None:
+        batch = _batch(config, layout, problems)
+        problems += _divisibility(config)
+        problems += _pipeline(config, batch)
+        for key, value, rule, fix in config.zero.problems(layout.data_shard):
+            problems.append(Problem(f"zero.{key}", value, rule, fix))
+    problems += _learning_rate(config)
+    problems += _device(config)
+    problems += _run_directory(config)
+    problems += check_dataset(config.data, config.model.vocab, config.train.sequence)
+    if problems:
+        raise ConfigError(problems)
+    assert layout is not None and batch is not None
+    return ResolvedRun(config, layout, batch)
+
+
+def _layout(config: RunConfig, world_size: int, problems: list[Problem]) -> Layout | None:
+    try:
+        return config.parallel.layout(world_size)
+    except ValueError as error:
+        parallel = config.parallel
+        degrees = (
+            f"tensor {parallel.tensor} x pipeline.stages {parallel.pipeline.stages} x data_shard "
+            f"{parallel.data_shard} x data_replicate {parallel.data_replicate}"
+        )
+        fixed = parallel.fixed_degree()
+        fix = f"start {fixed} ranks" + (f" or a multiple of {fixed}" if parallel.data_shard == "auto" else "")
+        rule = f"the world size, {world_size}, must be the product of the degrees: {error}"
+        problems.append(Problem("parallel", degrees, rule, f"{fix}, or change the degrees"))
+        return None
+
+
+def _batch(config: RunConfig, layout: Layout, problems: list[Problem]) -> BatchSizes | None:
+    solved = BatchSizes.solve(config.train, layout.data)
+    if isinstance(solved, BatchSizes):
+        return solved
+    fix = "set two of the three so that the equation holds, and leave the third out"
+    problems.append(Problem("train.global_batch", config.train.global_batch, solved, fix))
+    return None
+
+
+def _divisibility(config: RunConfig) -> list[Problem]:
+    """What tensor parallelism splits must split evenly."""
+    tensor, model = config.parallel.tensor, config.model
+    split = {
+        "heads": model.heads,
+        "kv_heads": model.key_value_heads,
+        "ffn_hidden": model.feed_forward,
+        "vocab": model.vocab,
+    }
+    return [
+        Problem(
+            f"model.{key}",
+            value,
+            f"must be divisible by parallel.tensor ({tensor})",
+            f"set model.{key} to a multiple of {tensor}, e.g. {-(-value // tensor) * tensor}, or lower parallel.tensor",
+        )
+        for key, value in split.items()
+        if value % tensor
+    ]
+
+
+def _pipeline(config: RunConfig, batch: BatchSizes | None) -> list[Problem]:
+    pipeline, layers = config.parallel.pipeline, config.model.layers
+    problems = []
+    if pipeline.stages > layers:
+        problems.append(
+            Problem(
+                "parallel.pipeline.stages",
+                pipeline.stages,
+                f"cannot exceed the number of transformer blocks (model.layers = {layers})",
+                f"set parallel.pipeline.stages to at most {layers}",
+            )
+        )
+    if pipeline.partition is not None:
+        partition = list(pipeline.partition)
+        if len(partition) != pipeline.stages or sum(partition) != layers or min(partition, default=0) < 1:
+            rule = f"must be {pipeline.stages} positive numbers that add up to model.layers ({layers})"
+            fix = "give one number of blocks per stage, or null for a balanced partition"
+            problems.append(Problem("parallel.pipeline.partition", partition, rule, fix))
+    try:
+        registry.generate(pipeline.schedule, pipeline.stages, pipeline.stages, batch.gradient_accumulation if batch else 1)
+    except registry.ScheduleError as error:
+        problems.append(Problem("parallel.pipeline.schedule", pipeline.schedule, error.rule, error.fix))
+    return problems
+
+
+def _learning_rate(config: RunConfig) -> list[Problem]:
+    rate, steps = config.optimizer.learning_rate, config.train.steps
+    decay = rate.decay_steps or 0
+    problems = []
+    if rate.warmup_steps >= steps:
+        rule = f"must be smaller than train.steps ({steps})"
+        problems.append(
+            Problem("optimizer.learning_rate.warmup_steps", rate.warmup_steps, rule, "shorten the warm-up or train longer")
+        )
+    elif rate.schedule == "wsd" and rate.warmup_steps + decay > steps:
+        rule = f"warm-up and decay ({rate.warmup_steps} + {decay}) must fit in train.steps ({steps})"
+        problems.append(Problem("optimizer.learning_rate.decay_steps", decay, rule, "shorten one of them"))
+    for beta in config.optimizer.betas:
+        if not 0 <= beta < 1:
+            problems.append(Problem("optimizer.betas", beta, "must be at least 0 and less than 1", "e.g. [0.9, 0.95]"))
+    return problems
+
+
+def _device(config: RunConfig) -> list[Problem]:
+    if config.optimizer.kernel == "apex":
+        from trainer.optim.kernels import apex_problem
+
+        reason = apex_problem()
+        if reason:
+            return [Problem("optimizer.kernel", "apex", reason, "install NVIDIA apex from source, or set optimizer.kernel: torch")]
+    return []
+
+
+def _run_directory(config: RunConfig) -> list[Problem]:
+    """The run directory, or the nearest parent that exists, must be a writable directory."""
+    directory = Path(config.run.directory).absolute()
+    place = next(parent for parent in (directory, *directory.parents) if parent.exists() or parent.is_symlink())
+    try:
+        # Permission bits do not tell what root, a full disk or a read-only mount may do: try it.
+        with tempfile.TemporaryFile(dir=place):
+            return []
+    except OSError as error:
+        rule = f"{place} must be a writable directory ({error.strerror})"
+    fix = "name a directory that this user may create and write, e.g. run.directory=runs/mine"
+    return [Problem("run.directory", config.run.directory, rule, fix)]
