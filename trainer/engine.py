@@ -34,11 +34,13 @@ class StepResult:
         loss: Mean loss per token of the global batch, nats.
         grad_norm: Global gradient norm before clipping.
         skipped: Whether the update was skipped because the norm was not finite.
+        reports: What each rank reported, shape (ranks, values), in rank order.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
+    reports: np.ndarray
 
 
 class OptimizerStep:
@@ -131,16 +133,25 @@ class Engine:
     train_executor: Executor
     eval_executor: Executor
 
-    def train(self, batches: Sequence[np.ndarray], lr: float) -> StepResult:
-        """One optimizer step on this rank's micro-batches, each of shape (B, S + 1)."""
+    def train(self, batches: Sequence[np.ndarray], lr: float, report: Sequence[float] = ()) -> StepResult:
+        """One optimizer step on this rank's micro-batches, each of shape (B, S + 1).
+
+        `report` are values of this rank that every rank is to know; they travel with the loss.
+        """
         self.step.begin(lr)
         losses = self.train_executor.run(*self._on_device(batches))
         norm, _, skip = self.step.decision()
-        return StepResult(loss=self._sum(losses), grad_norm=float(norm), skipped=bool(skip))
+        reports = self._exchange([self._own_loss(losses), *report])
+        return StepResult(float(reports[:, 0].sum()), float(norm), bool(skip), reports[:, 1:])
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
         """Mean loss per token over this global batch; no weights change."""
-        return self._sum(self.eval_executor.run(*self._on_device(batches), train=False))
+        losses = self.eval_executor.run(*self._on_device(batches), train=False)
+        return float(self._exchange([self._own_loss(losses)]).sum())
+
+    def finish(self) -> None:
+        """Wait until the weights are whole on every rank; needed before anything else reads them."""
+        self.optimizer.finish_gathers()
 
     def _on_device(self, batches: Sequence[np.ndarray]) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens and targets of each micro-batch, (B, S) each."""
@@ -148,11 +159,19 @@ class Engine:
         moved = [torch.from_numpy(np.ascontiguousarray(batch)).to(device, non_blocking=True) for batch in batches]
         return [batch[:, :-1] for batch in moved], [batch[:, 1:] for batch in moved]
 
-    def _sum(self, losses: Sequence[Tensor]) -> float:
-        """The sum of all micro-batches' losses over all ranks; each was divided by the global batch's tokens."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.parameters.buffer.device)
-        if self.mesh.position["tensor"] == 0:
-            for loss in losses:
-                total += loss
-        Pending(self.mesh.channel(*AXES).all_reduce(total)).finish()
-        return float(total)
+    def _own_loss(self, losses: Sequence[Tensor]) -> float:
+        """The sum of this rank's micro-batch losses, each already divided by the tokens of the global batch.
+
+        Tensor ranks compute the same losses; the first one counts them.
+        """
+        if not losses or self.mesh.position["tensor"]:
+            return 0.0
+        return float(torch.stack(list(losses)).double().sum())
+
+    def _exchange(self, values: Sequence[float]) -> np.ndarray:
+        """Every rank's values, shape (ranks, values), fp64: one small message per step."""
+        world = self.mesh.channel(*AXES)
+        table = torch.zeros((world.size, len(values)), dtype=torch.float64, device=self.parameters.buffer.device)
+        table[world.index] = torch.tensor(values, dtype=torch.float64)
+        Pending(world.all_gather(table.view(-1))).finish()
+        return table.cpu().numpy()

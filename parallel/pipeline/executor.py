@@ -68,7 +68,7 @@ class Executor:
             Op.SEND_I: self._send_gradient,
             Op.RECV_F: self._receive_forward,
             Op.RECV_I: self._receive_gradient,
-            **handlers,
+            **{op: self._observed(handler) for op, handler in handlers.items()},
         }
         unknown = sorted({action.op for action in self.actions} - set(self.handlers))
         if unknown:
@@ -108,6 +108,13 @@ class Executor:
         self._await_sends(0)
         self._ready.clear()
         return [self._losses[microbatch] for microbatch in sorted(self._losses)]
+
+    def _observed(self, handler: Handler) -> Handler:
+        def handle(action: Action) -> None:
+            with self.observer("run", action):
+                handler(action)
+
+        return handle
 
     def _take(self, op: Op, action: Action) -> Tensor:
         """The tensor that a compute action consumes, once it has arrived."""

@@ -1,0 +1,88 @@
+"""One rank of a run: `python -m trainer FILES... [KEY=VALUE...]`, alone or under torchrun or `atoll train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from parallel.pipeline.render import render_grid
+from trainer.build import build_program, numbers_of
+from trainer.config.overrides import split_arguments
+from trainer.config.problems import ConfigError
+from trainer.config.rules import resolve
+from trainer.config.run import load_config
+from trainer.environment import describe
+from trainer.loop import Loop
+from trainer.models.partition import stage_units
+from trainer.process import die_with_parent
+from trainer.session import Place, Session, open_session
+from trainer.signals import Signals
+
+
+@record
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the arguments say; a refused configuration is printed by the first rank and ends with code 2."""
+    die_with_parent()
+    signals = Signals()
+    place = Place.from_environment()
+    try:
+        files, overrides = split_arguments(list(sys.argv[1:] if arguments is None else arguments))
+        run = resolve(load_config(files, overrides), place.world_size)
+        with open_session(run, place) as session:
+            if session.is_main:
+                session.directory.open(run.config, describe(files), session.step)
+                print(introduction(session), flush=True)
+            loop = Loop(session, signals)
+            loop.run()
+            if session.is_main:
+                print(conclusion(session, loop), flush=True)
+    except ConfigError as error:
+        if place.rank == 0:
+            print(error, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Not an exception for the launcher to report: everything has been said.
+        os._exit(2)
+
+
+def introduction(session: Session) -> str:
+    """What is about to run, in a few lines."""
+    run, config, numbers = session.run, session.config, numbers_of(session.run)
+    batch, layout = run.batch, run.layout
+    units = stage_units(
+        config.model, config.train.sequence, layout.pipeline, config.parallel.pipeline.partition
+    )
+    manifest = session.dataset.manifest
+    lines = [
+        f"run        {session.directory.path}",
+        f"layout     {layout.describe()}; ZeRO: gradients over {numbers.grads}, optimizer state over {numbers.optim}",
+        f"device     {session.device.type}, {config.train.precision}",
+        f"batch      {batch.global_batch} samples = micro-batch {batch.micro_batch} x accumulation "
+        f"{batch.gradient_accumulation} x data ranks {layout.data}; {config.train.sequence} tokens each",
+        f"data       {session.dataset.directory}: {manifest.train.tokens:,} tokens to train on, "
+        f"{manifest.eval.tokens:,} held out",
+        *(f"stage {index}    {_span_of(names)}" for index, names in enumerate(units)),
+    ]
+    if layout.pipeline > 1:
+        lines += ["program", render_grid(build_program(run))]
+    if session.resumed_from is not None:
+        lines.append(f"resumed    {session.resumed_from} (step {session.step}, sample {session.cursor:,})")
+    return "\n".join(lines)
+
+
+def conclusion(session: Session, loop: Loop) -> str:
+    """Where the run ended."""
+    total = session.config.train.steps
+    if loop.stopped and session.step < total:
+        return f"stopped at step {session.step} of {total}; the same command goes on from there"
+    return f"done: step {session.step} of {total}; everything is in {session.directory.path}"
+
+
+def _span_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} units)"
+
+
+if __name__ == "__main__":
+    main()

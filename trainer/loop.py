@@ -1,0 +1,173 @@
+"""The training loop: a generator of steps, and the hooks that look at each.
+
+    for record in loop.steps():
+        for hook in hooks: hook(record)
+
+A step is one run of the rank's program. Evaluation, checkpoints, metrics and traces are hooks: each sees the
+record of the step that has just ended, on every rank, in the listed order.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from parallel.layout import AXES
+from trainer.checkpoint.store import save
+from trainer.data.batches import eval_cursors
+from trainer.data.prefetch import Prefetch
+from trainer.engine import StepResult
+from trainer.metrics.flops import flops_per_token, peak_flops
+from trainer.metrics.record import StepRecord
+from trainer.metrics.sinks import ConsoleSink, JsonLinesSink, Sink, TensorBoardSink
+from trainer.metrics.spans import write_trace
+from trainer.optim.learning_rate import learning_rate_factor
+from trainer.session import Session
+from trainer.signals import Signals
+
+Hook = Callable[[StepRecord], None]
+
+
+class Loop:
+    """Trains a session to its last step, or until it is asked to stop.
+
+    Attributes:
+        stopped: Whether a signal ended the run before its last step.
+    """
+
+    def __init__(self, session: Session, signals: Signals) -> None:
+        self.session, self.signals = session, signals
+        self.stopped = False
+        self._save_asked = False
+        self._saved_step = session.step if session.resumed_from else -1
+        self._first_step = session.step + 1
+        self._skipped = 0
+        self._tokens_per_step = session.run.batch.global_batch * session.config.train.sequence
+        self._flops_per_step = self._tokens_per_step * flops_per_token(
+            session.config.model, session.config.train.sequence
+        )
+        self._peak = session.config.metrics.peak_flops
+        if self._peak is None and session.device.type == "cuda":
+            self._peak = peak_flops(torch.cuda.get_device_name(session.device))
+
+    def run(self) -> None:
+        """Every step, every hook."""
+        sinks = self._sinks()
+        hooks: list[Hook] = [self._evaluate, *(sink.write for sink in sinks), self._checkpoint, self._trace]
+        try:
+            for record in self.steps():
+                for hook in hooks:
+                    hook(record)
+        finally:
+            for sink in sinks:
+                sink.close()
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Train step by step; what the consumer does between steps is not part of their time."""
+        session, steps = self.session, self.session.config.train.steps
+        size = session.run.batch.global_batch
+        cursors = range(session.cursor, session.cursor + (steps - session.step) * size, size)
+        with Prefetch(session.train_batches.step_batches, cursors) as batches:
+            while session.step < steps and not self.stopped:
+                start = time.perf_counter()
+                result, lr = self._train(batches)
+                session.step += 1
+                session.cursor += size
+                yield self._record(result, lr, time.perf_counter() - start)
+
+    def _train(self, batches: Prefetch[int, list[np.ndarray]]) -> tuple[StepResult, float]:
+        session, config = self.session, self.session.config
+        session.spans.step = session.step + 1
+        session.spans.on = self._is_traced(session.step + 1)
+        schedule = config.optimizer.learning_rate
+        lr = config.optimizer.lr * learning_rate_factor(schedule, session.step, config.train.steps)
+        result = session.engine.train(next(batches), lr, (*self.signals.report(), memory_bytes(session.device)))
+        return result, lr
+
+    def _record(self, result: StepResult, lr: float, seconds: float) -> StepRecord:
+        stop, save_asked, memory = result.reports.max(axis=0)
+        self.stopped = stop > 0
+        self._save_asked = save_asked > 0
+        self._skipped += result.skipped
+        mfu = None
+        if self._peak is not None:
+            mfu = self._flops_per_step / (seconds * self._peak * self.session.place.world_size)
+        return StepRecord(
+            step=self.session.step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            seconds=seconds,
+            tokens=self.session.step * self._tokens_per_step,
+            tokens_per_second=self._tokens_per_step / seconds,
+            memory_bytes=int(memory),
+            skipped_steps=self._skipped,
+            mfu=mfu,
+        )
+
+    def _sinks(self) -> list[Sink]:
+        session, config = self.session, self.session.config
+        if not session.is_main:
+            return []
+        sinks: list[Sink] = [
+            ConsoleSink(config.train.steps, config.metrics.every),
+            JsonLinesSink(session.directory.metrics),
+        ]
+        if config.metrics.tensorboard:
+            sinks.append(TensorBoardSink(session.directory.tensorboard, session.step))
+        return sinks
+
+    def _is_last(self, record: StepRecord) -> bool:
+        return self.stopped or record.step == self.session.config.train.steps
+
+    def _evaluate(self, record: StepRecord) -> None:
+        session, train = self.session, self.session.config.train
+        due = record.step == train.steps or (train.eval_every is not None and record.step % train.eval_every == 0)
+        if not due or not train.eval_batches:
+            return
+        session.spans.on = False
+        cursors = eval_cursors(session.eval_windows, session.run.batch.global_batch, train.eval_batches)
+        losses = [session.engine.evaluate(session.eval_batches.step_batches(cursor)) for cursor in cursors]
+        record.eval_loss = float(np.mean(losses))
+
+    def _checkpoint(self, record: StepRecord) -> None:
+        session, config = self.session, self.session.config.checkpoint
+        due = config.every is not None and record.step % config.every == 0
+        at_end = self._is_last(record) and (config.at_end or self.stopped)
+        if not (due or at_end or self._save_asked) or self._saved_step == record.step:
+            return
+        session.engine.finish()
+        path = save(
+            session.engine,
+            session.run,
+            session.directory.checkpoints,
+            step=record.step,
+            cursor=session.cursor,
+            keep=config.keep,
+        )
+        self._saved_step = record.step
+        if session.is_main:
+            print(f"checkpoint {path}", flush=True)
+
+    def _is_traced(self, step: int) -> bool:
+        """The first step is left out: it pays for warming up."""
+        config = self.session.config.metrics
+        return config.spans and 0 < step - self._first_step <= config.span_steps
+
+    def _trace(self, record: StepRecord) -> None:
+        """Behind the last traced step, write what was recorded."""
+        traced = self._is_traced(record.step)
+        if traced and (self._is_last(record) or not self._is_traced(record.step + 1)):
+            group = self.session.mesh.channel(*AXES).group
+            write_trace(self.session.directory.trace, self.session.spans.spans(), group)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

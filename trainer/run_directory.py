@@ -1,0 +1,74 @@
+"""What a run leaves on disk, and where:
+
+    config.yaml          the resolved configuration
+    environment.json     versions, hardware, launcher; one entry per start of the run
+    metrics.jsonl        one line per step, reduced over ranks
+    superseded.jsonl     lines of steps that a resume went back over
+    checkpoints/         see trainer/checkpoint
+    tensorboard/         events
+    trace.json           spans of all ranks for a few steps (open in Perfetto)
+    logs/rank-N.log      what each rank printed
+
+Rank 0 writes everything but the logs and its peers' share of checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config.run import RunConfig
+
+
+class RunDirectory:
+    """Paths and files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.superseded = path / "superseded.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.trace = path / "trace.json"
+
+    def open(self, config: RunConfig, environment: Mapping[str, Any], step: int) -> None:
+        """Record a start of the run that continues behind `step`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        replace_text(self.path / "config.yaml", resolved)
+        starts = self.path / "environment.json"
+        entries = json.loads(starts.read_text()) if starts.exists() else []
+        entries.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), "from_step": step, **environment})
+        replace_text(starts, json.dumps(entries, indent=1) + "\n")
+        self._supersede(step)
+
+    def _supersede(self, step: int) -> None:
+        """Move the metrics of steps behind `step` aside: they are about to be made again."""
+        if not self.metrics.exists():
+            return
+        kept, moved = [], []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                (kept if json.loads(line)["step"] <= step else moved).append(line)
+            except json.JSONDecodeError:
+                moved.append(line)  # the last line of a killed run may be cut short
+        if moved:
+            with self.superseded.open("a") as file:
+                file.writelines(f"{line}\n" for line in moved)
+            replace_text(self.metrics, "".join(f"{line}\n" for line in kept))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a whole file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
