@@ -3,7 +3,6 @@
 #   PYTHON=python3.12   the interpreter the environment is made with (3.11 or newer)
 #   TORCH=system        use the torch that this machine already has, as on most GPU machines
 #
-# For the CPU build of torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
 
 PYTHON ?= python3
 TORCH ?= pinned

@@ -73,12 +73,18 @@ def train(
 
 
 @app.command()
-def check(arguments: Arguments, ranks: Ranks = None) -> None:
+def check(
+    arguments: Arguments,
+    ranks: Ranks = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Also build this rank, on a back end that only pretends.", metavar="R")
+    ] = None,
+) -> None:
     """Show what a configuration comes to: resolved values, mesh, parameters and memory per rank."""
     _files_and_overrides(arguments)
     from trainer.check import report
 
-    print(report(arguments, ranks))
+    print(report(arguments, ranks, rank))
 
 
 @app.command()

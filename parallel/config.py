@@ -28,7 +28,9 @@ class ParallelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tensor: int = Field(default=1, ge=1, description="Tensor-parallel degree: heads, feed-forward and vocabulary split.")
+    tensor: int = Field(
+        default=1, ge=1, description="Tensor-parallel degree: heads, feed-forward and vocabulary split."
+    )
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Pipeline axis.")
     data_shard: int | Literal["auto"] = Field(
         default="auto",

@@ -7,6 +7,7 @@ any rank of any world size is built in one process: nothing communicates, every 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
@@ -75,3 +76,27 @@ def start_process_group(
         return
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
+
+
+@dataclass(frozen=True)
+class PaperChannel:
+    """The size of a group and this rank's index in it, without a group: enough to know every shape."""
+
+    size: int
+    index: int
+
+
+@dataclass(frozen=True)
+class PaperMesh:
+    """A rank's place in a layout, on paper: no process group, no other rank."""
+
+    layout: Layout
+    rank: int
+
+    @property
+    def position(self) -> dict[str, int]:
+        return self.layout.coordinates(self.rank)
+
+    def channel(self, *axes: str) -> PaperChannel:
+        group = self.layout.group_of(self.rank, *axes)
+        return PaperChannel(len(group), group.index(self.rank))

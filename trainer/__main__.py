@@ -51,9 +51,7 @@ def introduction(session: Session) -> str:
     """What is about to run, in a few lines."""
     run, config, numbers = session.run, session.config, numbers_of(session.run)
     batch, layout = run.batch, run.layout
-    units = stage_units(
-        config.model, config.train.sequence, layout.pipeline, config.parallel.pipeline.partition
-    )
+    units = stage_units(config.model, config.train.sequence, layout.pipeline, config.parallel.pipeline.partition)
     manifest = session.dataset.manifest
     lines = [
         f"run        {session.directory.path}",

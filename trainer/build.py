@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from parallel.comm.channel import Channel
 from parallel.flat.buffers import FlatParameters
 from parallel.flat.space import FlatSpace, ParameterSpec, build_space
 from parallel.gradients import WeightGradients, attach_slot
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, PaperMesh
 from parallel.pipeline.actions import Op
 from parallel.pipeline.executor import Executor, Observer, unobserved
 from parallel.pipeline.passes.forward import forward_only
@@ -71,9 +73,7 @@ def numbers_of(run: ResolvedRun) -> ThreeNumbers:
 def build_program(run: ResolvedRun) -> Program:
     """The program of a training step: generated, verified, and completed by the passes."""
     stages = run.layout.pipeline
-    program = registry.generate(
-        run.config.parallel.pipeline.schedule, stages, stages, run.batch.gradient_accumulation
-    )
+    program = registry.generate(run.config.parallel.pipeline.schedule, stages, stages, run.batch.gradient_accumulation)
     program = pair_transfers(program)
     program = add_reduce(program, per_microbatch=numbers_of(run).grads > 1)
     program = add_update(program)
@@ -81,7 +81,7 @@ def build_program(run: ResolvedRun) -> Program:
     return program
 
 
-def build_modules(run: ResolvedRun, mesh: Mesh) -> StageModules:
+def build_modules(run: ResolvedRun, mesh: Mesh | PaperMesh) -> StageModules:
     """This rank's share of the model: parallel modules on the meta device, without memory."""
     model, pipeline = run.config.model, run.config.parallel.pipeline
     index = mesh.position["pipeline"]
@@ -89,7 +89,8 @@ def build_modules(run: ResolvedRun, mesh: Mesh) -> StageModules:
     held = dict.fromkeys(chain)
     if model.tied_embeddings and "head" in chain:
         held[_EMBED] = None
-    tensor = mesh.channel("tensor")
+    # On paper there is no channel, but layers need one only when they run; their shapes need its size and index.
+    tensor = cast(Channel, mesh.channel("tensor"))
     gradients = WeightGradients(hold=tensor.size > 1)
     builders = unit_builders(model)
     with torch.device("meta"):
@@ -97,12 +98,12 @@ def build_modules(run: ResolvedRun, mesh: Mesh) -> StageModules:
     return StageModules(index, chain, modules, gradients)
 
 
-def build_space_of(run: ResolvedRun, mesh: Mesh, stage: StageModules) -> FlatSpace:
+def build_space_of(run: ResolvedRun, mesh: Mesh | PaperMesh, stage: StageModules) -> FlatSpace:
     """The flat space of this rank's units."""
     tied = run.config.model.tied_embeddings
     units = []
     for name, module in stage.modules.items():
-        specs = parameter_specs(name, module, mesh.channel("tensor"))
+        specs = parameter_specs(name, module, cast(Channel, mesh.channel("tensor")))
         if tied and name == "head":
             specs = [spec for spec in specs if spec.name != "head.projection.weight"]
         if name not in stage.chain:
@@ -112,14 +113,16 @@ def build_space_of(run: ResolvedRun, mesh: Mesh, stage: StageModules) -> FlatSpa
 
 
 def _copy_of(spec: ParameterSpec) -> ParameterSpec:
-    return ParameterSpec(spec.name, spec.shape, spec.full_shape, spec.shard_dim, spec.shard_index, spec.decay, spec.name)
+    return ParameterSpec(
+        spec.name, spec.shape, spec.full_shape, spec.shard_dim, spec.shard_index, spec.decay, spec.name
+    )
 
 
 def attach_parameters(run: ResolvedRun, stage: StageModules, parameters: FlatParameters) -> None:
     """Make the modules' parameters views of the flat buffer; a tied head shares the embedding's."""
     parameters.attach(stage.modules)
     if run.config.model.tied_embeddings and "head" in stage.modules:
-        stage.modules["head"].get_submodule("projection").weight = parameters.parameters[_EMBED_WEIGHT]  # type: ignore[assignment]
+        stage.modules["head"].get_submodule("projection").weight = parameters.parameters[_EMBED_WEIGHT]
 
 
 def attach_gradients(run: ResolvedRun, stage: StageModules, parameters: FlatParameters, store: GradientStore) -> None:
@@ -140,7 +143,7 @@ def recompute_units(run: ResolvedRun, stage: StageModules) -> list[tuple[str, nn
         if name.startswith("blocks.") and mode == "full":
             stage.modules[name] = Recomputed(module)
         elif name.startswith("blocks.") and mode == "selective":
-            module.feed_forward = Recomputed(module.get_submodule("feed_forward"))  # type: ignore[assignment]
+            module.feed_forward = Recomputed(module.get_submodule("feed_forward"))
     return [(name, stage.modules[name]) for name in stage.chain]
 
 
@@ -167,7 +170,7 @@ def initialize(run: ResolvedRun, parameters: FlatParameters) -> None:
 
 
 def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: Observer = unobserved) -> Engine:
-    """Everything that this rank trains with, with initial weights."""
+    """Everything that this rank trains with, with initial weights (on the meta device: shapes only)."""
     config, numbers = run.config, numbers_of(run)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
     stage_modules = build_modules(run, mesh)
@@ -181,8 +184,9 @@ def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: O
     attach_gradients(run, stage_modules, parameters, store)
     optimizer = ShardedOptimizer(parameters, store, make_kernel(config.optimizer))
     units = recompute_units(run, stage_modules)
-    initialize(run, parameters)
-    optimizer.adopt_parameters()
+    if device.type != "meta":
+        initialize(run, parameters)
+        optimizer.adopt_parameters()
 
     tied_share = store.units[_EMBED].owned if config.model.tied_embeddings and _EMBED in store.units else None
     tied = TiedGradient(mesh.channel("pipeline"), tied_share)

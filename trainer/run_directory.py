@@ -52,7 +52,8 @@ class RunDirectory:
         """Move the metrics of steps behind `step` aside: they are about to be made again."""
         if not self.metrics.exists():
             return
-        kept, moved = [], []
+        kept: list[str] = []
+        moved: list[str] = []
         for line in self.metrics.read_text().splitlines():
             try:
                 (kept if json.loads(line)["step"] <= step else moved).append(line)

@@ -8,13 +8,11 @@ Everything that can be wrong with the user's input is found before the process g
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -88,13 +86,11 @@ class Session:
 
 
 def choose_device(config: RunConfig, place: Place) -> torch.device:
-    """This rank's device; its threads, seeds and determinism are set as the config says."""
+    """This rank's device; threads, torch's seed and determinism are set as the config says."""
     kind = config.run.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(config.run.threads or max(1, len(usable_cores()) // place.local_world_size))
-    random.seed(config.run.seed)
-    np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -78,12 +78,8 @@ class Channel:
             return
         arrived = self._take(own, self.size - 1)
         peers = self._peers()
-        works = []
-        for slot, peer in enumerate(peers):
-            works.append(self.receive(arrived[slot], peer))
-        for peer in peers:
-            works.append(self.send(self.share(buffer, peer), peer))
-        yield works
+        works = [self.receive(arrived[slot], peer) for slot, peer in enumerate(peers)]
+        yield works + [self.send(self.share(buffer, peer), peer) for peer in peers]
         _sum_in_rank_order(own, self.index, {peer: arrived[slot] for slot, peer in enumerate(peers)})
         self._scratch.append(arrived)
 

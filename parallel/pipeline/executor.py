@@ -72,9 +72,7 @@ class Executor:
         }
         unknown = sorted({action.op for action in self.actions} - set(self.handlers))
         if unknown:
-            raise ValueError(
-                f"program {program.name!r} has ops that nothing here handles: {', '.join(unknown)}"
-            )
+            raise ValueError(f"program {program.name!r} has ops that nothing here handles: {', '.join(unknown)}")
         # (op of the consumer, stage, micro-batch) -> tensor and the transfer that fills it.
         self._ready: dict[tuple[Op, int, int], tuple[Tensor, dist.Work | None]] = {}
         self._outgoing: dict[tuple[Op, int, int], Tensor] = {}
@@ -99,9 +97,7 @@ class Executor:
             try:
                 self.handlers[action.op](action)
             except Exception as error:
-                error.add_note(
-                    f"while pipeline rank {self.channel.index} executed {action} of {self.program.name!r}"
-                )
+                error.add_note(f"while pipeline rank {self.channel.index} executed {action} of {self.program.name!r}")
                 for stage in self.stages.values():
                     stage.abandon()
                 raise

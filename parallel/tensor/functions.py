@@ -28,7 +28,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
         if ctx.channel.size > 1:
             # Autograd may hand the same tensor to several consumers: sum into our own copy.
@@ -47,7 +47,9 @@ def enter(x: Tensor, channel: Channel, gradients: WeightGradients) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BSI: Tensor, weight_OI: Tensor, gradients: WeightGradients, leave: Channel | None) -> Tensor:
+    def forward(
+        ctx: Any, x_BSI: Tensor, weight_OI: Tensor, gradients: WeightGradients, leave: Channel | None
+    ) -> Tensor:
         ctx.save_for_backward(x_BSI, weight_OI)
         # Saved tensors come back as other objects under recomputation: the slot is looked up here.
         ctx.slot, ctx.gradients = slot_of(weight_OI), gradients
@@ -57,7 +59,7 @@ class _Linear(torch.autograd.Function):
         return y_BSO
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy_BSO: Tensor) -> tuple[Tensor | None, None, None, None]:
         x_BSI, weight_OI = ctx.saved_tensors
         dy_TO, x_TI = dy_BSO.reshape(-1, dy_BSO.shape[-1]), x_BSI.reshape(-1, x_BSI.shape[-1])
@@ -93,7 +95,7 @@ class _Embedding(torch.autograd.Function):
         return x_TH.view(*tokens_BS.shape, -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dx_BSH: Tensor) -> tuple[None, None, None, None, None]:
         (local_T,) = ctx.saved_tensors
         slot = ctx.slot
@@ -109,9 +111,7 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None, None
 
 
-def embedding(
-    tokens_BS: Tensor, weight_VH: Tensor, start: int, channel: Channel, gradients: WeightGradients
-) -> Tensor:
+def embedding(tokens_BS: Tensor, weight_VH: Tensor, start: int, channel: Channel, gradients: WeightGradients) -> Tensor:
     """Rows of a vocabulary-parallel embedding, shape (B, S, H); this rank holds rows start .. start + V."""
     x_BSH: Tensor = _Embedding.apply(tokens_BS, weight_VH, start, channel, gradients)  # type: ignore[no-untyped-call]
     return x_BSH
@@ -138,7 +138,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (total_T - parts[:, 1].sum(dim=0)).sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
         probabilities_TV, share_T, local_T, here_T = ctx.saved_tensors
         # softmax over the whole vocabulary - one-hot, in the memory of the local softmax, which nothing reads again.

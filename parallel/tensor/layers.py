@@ -77,5 +77,7 @@ def _shard(weight: Tensor, dim: int, channel: Channel) -> nn.Parameter:
     shape = list(weight.shape)
     shape[dim], rest = divmod(shape[dim], channel.size)
     if rest:
-        raise ValueError(f"dimension {dim} of a weight of shape {tuple(weight.shape)} cannot be split {channel.size} ways")
+        raise ValueError(
+            f"dimension {dim} of a weight of shape {tuple(weight.shape)} cannot be split {channel.size} ways"
+        )
     return nn.Parameter(weight.new_empty(shape))

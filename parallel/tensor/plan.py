@@ -53,12 +53,16 @@ def apply_plan(name: str, module: nn.Module, plan: Plan, channel: Channel, gradi
     if style is None:
         return module
     if style not in STYLES:
-        raise ValueError(f"module {name!r}: unknown tensor-parallel style {style!r}; the styles are {', '.join(STYLES)}")
+        raise ValueError(
+            f"module {name!r}: unknown tensor-parallel style {style!r}; the styles are {', '.join(STYLES)}"
+        )
     if style in _REPLACE:
         expected, replace = _REPLACE[style]
         if not isinstance(module, expected) or getattr(module, "bias", None) is not None:
             what = f"{type(module).__name__}{' with a bias' if getattr(module, 'bias', None) is not None else ''}"
-            raise ValueError(f"module {name!r}: style {style!r} needs a plain {expected.__name__} without bias, not {what}")
+            raise ValueError(
+                f"module {name!r}: style {style!r} needs a plain {expected.__name__} without bias, not {what}"
+            )
         module = replace(module, channel, gradients)
     if style.startswith("enter"):
 

@@ -133,7 +133,7 @@ class ShardedOptimizer:
 
     def update(self, stage: int, lr: float, divisor: Tensor, skip: Tensor) -> None:
         """Update the owned ranges of every unit of `stage`."""
-        for name, owned in self.ranges.items():
+        for owned in self.ranges.values():
             if owned.unit.stage != stage:
                 continue
             for decay, piece in owned.parts():
@@ -194,5 +194,6 @@ def _sum_of_squares(x: Tensor, row: int = 2048) -> Tensor:
     One fp32 accumulator over millions of elements would be off in the fifth digit.
     """
     whole = x.numel() // row * row
-    rows = torch.linalg.vector_norm(x[:whole].view(-1, row), dim=1).double().square().sum()
-    return rows + torch.linalg.vector_norm(x[whole:]).double().square()
+    rows: Tensor = torch.linalg.vector_norm(x[:whole].view(-1, row), dim=1).double().square().sum()
+    rest: Tensor = torch.linalg.vector_norm(x[whole:]).double().square()
+    return rows + rest

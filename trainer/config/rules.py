@@ -102,7 +102,9 @@ def _pipeline(config: RunConfig, batch: BatchSizes | None) -> list[Problem]:
             fix = "give one number of blocks per stage, or null for a balanced partition"
             problems.append(Problem("parallel.pipeline.partition", partition, rule, fix))
     try:
-        registry.generate(pipeline.schedule, pipeline.stages, pipeline.stages, batch.gradient_accumulation if batch else 1)
+        registry.generate(
+            pipeline.schedule, pipeline.stages, pipeline.stages, batch.gradient_accumulation if batch else 1
+        )
     except registry.ScheduleError as error:
         problems.append(Problem("parallel.pipeline.schedule", pipeline.schedule, error.rule, error.fix))
     return problems
@@ -115,7 +117,9 @@ def _learning_rate(config: RunConfig) -> list[Problem]:
     if rate.warmup_steps >= steps:
         rule = f"must be smaller than train.steps ({steps})"
         problems.append(
-            Problem("optimizer.learning_rate.warmup_steps", rate.warmup_steps, rule, "shorten the warm-up or train longer")
+            Problem(
+                "optimizer.learning_rate.warmup_steps", rate.warmup_steps, rule, "shorten the warm-up or train longer"
+            )
         )
     elif rate.schedule == "wsd" and rate.warmup_steps + decay > steps:
         rule = f"warm-up and decay ({rate.warmup_steps} + {decay}) must fit in train.steps ({steps})"
@@ -132,7 +136,14 @@ def _device(config: RunConfig) -> list[Problem]:
 
         reason = apex_problem()
         if reason:
-            return [Problem("optimizer.kernel", "apex", reason, "install NVIDIA apex from source, or set optimizer.kernel: torch")]
+            return [
+                Problem(
+                    "optimizer.kernel",
+                    "apex",
+                    reason,
+                    "install NVIDIA apex from source, or set optimizer.kernel: torch",
+                )
+            ]
     return []
 
 

@@ -130,6 +130,8 @@ def local_ranks(config: RunConfig, requested: int | None, devices: int = 0) -> i
     return requested or config.run.ranks or devices or config.parallel.fixed_degree()
 
 
-def load_config(files: Sequence[Path], overrides: Sequence[str], environment: Mapping[str, str] | None = None) -> RunConfig:
+def load_config(
+    files: Sequence[Path], overrides: Sequence[str], environment: Mapping[str, str] | None = None
+) -> RunConfig:
     """Read and merge the files, apply the overrides, check every field on its own."""
     return load(RunConfig, files, overrides, environment)

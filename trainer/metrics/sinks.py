@@ -73,15 +73,15 @@ class TensorBoardSink:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what a killed run wrote behind the step that is now resumed.
-        self._writer = SummaryWriter(str(directory), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(directory), purge_step=step + 1)
 
     def write(self, record: StepRecord) -> None:
         for key, value in record.values().items():
             if key != "step":
-                self._writer.add_scalar(key, value, record.step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(key, value, record.step)
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def _clock(seconds: float) -> str:

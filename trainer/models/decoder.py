@@ -45,7 +45,12 @@ class Rotary:
         """cos and sin, each of shape (S, 1, D)."""
         length = like_BSND.shape[1]
         made = self._tables
-        if made is None or made[0].shape[0] != length or made[0].dtype != like_BSND.dtype or made[0].device != like_BSND.device:
+        if (
+            made is None
+            or made[0].shape[0] != length
+            or made[0].dtype != like_BSND.dtype
+            or made[0].device != like_BSND.device
+        ):
             steps = torch.arange(0, self.head_dim, 2, device=like_BSND.device, dtype=torch.float32)
             angles_SD = torch.arange(length, device=like_BSND.device)[:, None] / self.theta ** (steps / self.head_dim)
             angles_SD = torch.cat((angles_SD, angles_SD), dim=-1)[:, None]

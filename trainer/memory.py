@@ -1,0 +1,79 @@
+"""What a rank needs to hold, from the shapes alone: weights, gradients, optimizer state, activations.
+
+The first three are exact sums over the flat space. Activations are derived from what autograd keeps for the
+decoder's operations, per token and block, in elements (H hidden, A = head dimension x heads, K = head dimension x
+key/value heads, F feed-forward; A, K and F of one tensor rank):
+
+    nothing recomputed   4 H + 2 A + 2 K + 4 F  (GELU: 2 F)   norm inputs and outputs, q, k, v, o, feed-forward
+    selective            4 H + 2 A + 2 K                      the feed-forward is computed again
+    full                 H                                    the block's input
+
+and for the head 2 H plus the fp32 softmax over the rank's vocabulary. Temporary tensors of the operation under
+way, the back end's buffers and the interpreter are not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parallel.flat.space import FlatSpace
+from parallel.pipeline.program import Program
+from parallel.pipeline.simulate import peak_activations
+from parallel.zero.config import ThreeNumbers
+from trainer.config.run import ResolvedRun
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one rank holds at its peak, by category."""
+
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+
+
+def estimate_memory(
+    run: ResolvedRun, space: FlatSpace, numbers: ThreeNumbers, chain: tuple[str, ...], program: Program, rank: int
+) -> MemoryEstimate:
+    """The estimate for pipeline rank `rank`, whose stage runs the units `chain` and holds `space`."""
+    compute_bytes = element_bytes(run)
+    owned = space.numel // numbers.optim
+    separate_master = compute_bytes != FP32_BYTES
+    largest = max(unit.numel for unit in space.units)
+    # With sharded gradients two units are being reduced while a third is written.
+    gradients = space.numel if numbers.grads == 1 else owned + 3 * largest
+    live, _ = peak_activations(program, rank)
+    tokens = run.batch.micro_batch * run.config.train.sequence
+    return MemoryEstimate(
+        parameters_bytes=space.numel * compute_bytes,
+        gradients_bytes=gradients * FP32_BYTES,
+        optimizer_bytes=owned * FP32_BYTES * (3 if separate_master else 2),
+        activations_bytes=live * tokens * sum(activation_bytes(run, name) for name in chain),
+    )
+
+
+def element_bytes(run: ResolvedRun) -> int:
+    """Bytes of a weight or activation in compute."""
+    return 2 if run.config.train.precision == "bf16" else FP32_BYTES
+
+
+def activation_bytes(run: ResolvedRun, unit: str) -> int:
+    """Bytes per token that the forward of `unit` keeps for its backward on one tensor rank."""
+    model, tensor, size = run.config.model, run.layout.tensor, element_bytes(run)
+    if unit == "embed":
+        return 8  # the token ids
+    if unit == "head":
+        return 2 * model.hidden * size + model.vocab // tensor * FP32_BYTES
+    if run.config.train.recompute == "full":
+        return model.hidden * size
+    heads = model.head_dim * (2 * model.heads + 2 * model.key_value_heads) // tensor
+    feed_forward = (4 if model.activation == "swiglu" else 2) * model.feed_forward // tensor
+    kept = 4 * model.hidden + heads + (feed_forward if run.config.train.recompute == "none" else 0)
+    return kept * size
