@@ -21,7 +21,6 @@ from parallel.mesh import Mesh
 from parallel.pipeline.actions import Action
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.program import Program
-from parallel.zero.gradients import GradientStore
 from parallel.zero.optimizer import ShardedOptimizer
 from parallel.zero.tied import TiedGradient
 

@@ -26,11 +26,15 @@ from trainer.data.batches import BatchPlan, MicroBatches
 from trainer.data.build import ensure_dataset
 from trainer.data.check import check_dataset
 from trainer.data.dataset import Dataset
-from trainer.data.order import PlainOrder, ShuffledOrder
+from trainer.data.order import ShuffledOrder
 from trainer.engine import Engine
 from trainer.environment import usable_cores
 from trainer.metrics.spans import SpanRecorder
 from trainer.run_directory import RunDirectory
+
+
+_EVAL_SEED = 0
+"""Evaluation reads the same held-out windows in every run, drawn over the whole split so that few of them stand for it."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,6 @@ def _with_data(
         engine=engine,
         spans=spans,
         train_batches=MicroBatches(train, order, plan, data_rank),
-        eval_batches=MicroBatches(held_out, PlainOrder(held_out.windows), plan, data_rank),
+        eval_batches=MicroBatches(held_out, ShuffledOrder(held_out.windows, seed=_EVAL_SEED), plan, data_rank),
         eval_windows=held_out.windows,
     )

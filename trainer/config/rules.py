@@ -33,7 +33,8 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
     problems += check_dataset(config.data, config.model.vocab, config.train.sequence)
     if problems:
         raise ConfigError(problems)
-    assert layout is not None and batch is not None
+    assert layout is not None
+    assert batch is not None
     return ResolvedRun(config, layout, batch)
 
 
@@ -124,10 +125,10 @@ def _learning_rate(config: RunConfig) -> list[Problem]:
     elif rate.schedule == "wsd" and rate.warmup_steps + decay > steps:
         rule = f"warm-up and decay ({rate.warmup_steps} + {decay}) must fit in train.steps ({steps})"
         problems.append(Problem("optimizer.learning_rate.decay_steps", decay, rule, "shorten one of them"))
-    for beta in config.optimizer.betas:
-        if not 0 <= beta < 1:
-            problems.append(Problem("optimizer.betas", beta, "must be at least 0 and less than 1", "e.g. [0.9, 0.95]"))
-    return problems
+    rule, fix = "must be at least 0 and less than 1", "e.g. optimizer.betas: [0.9, 0.95]"
+    return problems + [
+        Problem("optimizer.betas", beta, rule, fix) for beta in config.optimizer.betas if not 0 <= beta < 1
+    ]
 
 
 def _device(config: RunConfig) -> list[Problem]:

@@ -100,7 +100,8 @@ class BatchSizes:
         if sum(value is not None for value in (total, micro, steps)) < 2:
             return "two of train.global_batch, train.micro_batch and train.gradient_accumulation must be given"
         if total is None:
-            assert micro is not None and steps is not None
+            assert micro is not None
+            assert steps is not None
             return BatchSizes(micro * steps * data_ranks, micro, steps)
         known = micro if micro is not None else steps
         assert known is not None

@@ -101,7 +101,7 @@ def _unknown_key(tree: Tree, path: Path, value: Any, siblings: Shape, root: Shap
     key, section = str(path[-1]), dotted(path[:-1])
     known = siblings.keys()
     near = difflib.get_close_matches(key, known, n=1)
-    elsewhere = [dotted(other) for other in root.paths() if other[-1] == key]
+    elsewhere = [dotted(other) for other in root.paths() if other[-1] == key and dotted(other) != dotted(path)]
     if near:
         fix = f"did you mean {dotted((*path[:-1], near[0]))}?"
     elif elsewhere:

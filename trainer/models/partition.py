@@ -17,7 +17,7 @@ def unit_parameters(model: ModelConfig) -> dict[str, int]:
     attention = model.hidden * head_dim * (2 * model.heads + 2 * model.key_value_heads)
     feed_forward = model.hidden * model.feed_forward * (3 if model.activation == "swiglu" else 2)
     table = model.vocab * model.hidden
-    sizes = {name: attention + feed_forward for name in unit_names(model)}
+    sizes = dict.fromkeys(unit_names(model), attention + feed_forward)
     sizes["embed"], sizes["head"] = table, 0 if model.tied_embeddings else table
     return sizes
 
