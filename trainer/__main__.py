@@ -24,7 +24,7 @@ from trainer.signals import Signals
 
 @record
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the arguments say; a refused configuration is printed by the first rank and ends with code 2."""
+    """Train as the arguments say; a refused configuration is printed once per machine and ends with code 2."""
     die_with_parent()
     signals = Signals()
     place = Place.from_environment()
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if session.is_main:
                 print(conclusion(session, loop), flush=True)
     except ConfigError as error:
-        if place.rank == 0:
+        if place.local_rank == 0:
             print(error, file=sys.stderr, flush=True)
         sys.stdout.flush()
         # Not an exception for the launcher to report: everything has been said.

@@ -36,7 +36,7 @@ def report(arguments: Sequence[str], ranks: int | None = None, rank: int | None 
     """
     files, overrides = split_arguments(list(arguments))
     config = load_config(files, overrides)
-    run = resolve(config, local_ranks(config, ranks, torch.cuda.device_count()))
+    run = resolve(config, local_ranks(config, ranks, torch.cuda.device_count()), starting=False)
     program = build_program(run)
     parts = [_configuration(run), _summary(run), _mesh(run), _stages(run, program), _program(program)]
     if rank is not None:

@@ -8,13 +8,16 @@ key/value heads, F feed-forward; A, K and F of one tensor rank):
     selective            4 H + 2 A + 2 K                      the feed-forward is computed again
     full                 H                                    the block's input
 
-and for the head 2 H plus the fp32 softmax over the rank's vocabulary. Temporary tensors of the operation under
+and for the head 2 H plus the fp32 softmax over the rank's vocabulary. On a CPU a norm is not one kernel and keeps
+H more. Temporary tensors of the operation under
 way, the back end's buffers and the interpreter are not in it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 from parallel.flat.space import FlatSpace
 from parallel.pipeline.program import Program
@@ -64,16 +67,23 @@ def element_bytes(run: ResolvedRun) -> int:
     return 2 if run.config.train.precision == "bf16" else FP32_BYTES
 
 
+def uses_gpu(run: ResolvedRun) -> bool:
+    """Whether the run computes on GPUs, as far as this machine can tell."""
+    device = run.config.run.device
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
 def activation_bytes(run: ResolvedRun, unit: str) -> int:
     """Bytes per token that the forward of `unit` keeps for its backward on one tensor rank."""
     model, tensor, size = run.config.model, run.layout.tensor, element_bytes(run)
+    norm = model.hidden * (2 if uses_gpu(run) else 3)
     if unit == "embed":
         return 8  # the token ids
     if unit == "head":
-        return 2 * model.hidden * size + model.vocab // tensor * FP32_BYTES
+        return norm * size + model.vocab // tensor * FP32_BYTES
     if run.config.train.recompute == "full":
         return model.hidden * size
     heads = model.head_dim * (2 * model.heads + 2 * model.key_value_heads) // tensor
     feed_forward = (4 if model.activation == "swiglu" else 2) * model.feed_forward // tensor
-    kept = 4 * model.hidden + heads + (feed_forward if run.config.train.recompute == "none" else 0)
+    kept = 2 * norm + heads + (feed_forward if run.config.train.recompute == "none" else 0)
     return kept * size

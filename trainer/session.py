@@ -32,7 +32,6 @@ from trainer.environment import usable_cores
 from trainer.metrics.spans import SpanRecorder
 from trainer.run_directory import RunDirectory
 
-
 _EVAL_SEED = 0
 """Evaluation reads the same held-out windows in every run, drawn over the whole split so that few of them stand for it."""
 

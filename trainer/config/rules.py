@@ -12,8 +12,8 @@ from trainer.config.run import BatchSizes, ResolvedRun, RunConfig
 from trainer.data.check import check_dataset
 
 
-def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
-    """The config for `world_size` ranks.
+def resolve(config: RunConfig, world_size: int, *, starting: bool = True) -> ResolvedRun:
+    """The config for `world_size` ranks; if `starting`, this machine must also have the devices it asks for.
 
     Raises:
         ConfigError: all rules that are broken, each with its value, rule, config path and fix.
@@ -28,7 +28,8 @@ def resolve(config: RunConfig, world_size: int) -> ResolvedRun:
         for key, value, rule, fix in config.zero.problems(layout.data_shard):
             problems.append(Problem(f"zero.{key}", value, rule, fix))
     problems += _learning_rate(config)
-    problems += _device(config)
+    if starting:
+        problems += _device(config)
     problems += _run_directory(config)
     problems += check_dataset(config.data, config.model.vocab, config.train.sequence)
     if problems:
@@ -132,20 +133,22 @@ def _learning_rate(config: RunConfig) -> list[Problem]:
 
 
 def _device(config: RunConfig) -> list[Problem]:
+    """What the machine must have: a GPU where one is asked for, apex where it is."""
+    problems = []
+    if config.run.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            rule = "needs a GPU that this torch can use, and there is none"
+            problems.append(Problem("run.device", "cuda", rule, "set run.device: cpu, or auto"))
     if config.optimizer.kernel == "apex":
         from trainer.optim.kernels import apex_problem
 
         reason = apex_problem()
         if reason:
-            return [
-                Problem(
-                    "optimizer.kernel",
-                    "apex",
-                    reason,
-                    "install NVIDIA apex from source, or set optimizer.kernel: torch",
-                )
-            ]
-    return []
+            fix = "install NVIDIA apex from its source, or set optimizer.kernel: torch"
+            problems.append(Problem("optimizer.kernel", "apex", reason, fix))
+    return problems
 
 
 def _run_directory(config: RunConfig) -> list[Problem]:

@@ -11,7 +11,7 @@ def learning_rate_factor(config: LearningRateConfig, step: int, steps: int) -> f
     """The factor of the peak rate that update `step` (0-based) of `steps` uses.
 
     The first update already moves: with warm-up over w steps, step 0 uses 1 / (w + 1). The last update of a
-    cosine or linear run uses `final_fraction`; wsd holds the peak and falls linearly over `decay_steps`.
+    cosine, linear or wsd run uses `final_fraction`; wsd holds the peak until the last `decay_steps` updates.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
@@ -19,7 +19,7 @@ def learning_rate_factor(config: LearningRateConfig, step: int, steps: int) -> f
         return 1.0
     if config.schedule == "wsd":
         length = config.decay_steps or max(1, steps // 10)
-        start = max(config.warmup_steps, steps - length)
+        start = max(config.warmup_steps, steps - 1 - length)
     else:
         start = config.warmup_steps
     progress = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
