@@ -17,6 +17,7 @@ from parallel.mesh import Mesh, PaperMesh, start_process_group
 from parallel.pipeline.program import Program
 from parallel.pipeline.render import render_grid
 from parallel.pipeline.simulate import simulate
+from parallel.topology import Topology
 from trainer.build import build_engine, build_modules, build_program, build_space_of, numbers_of
 from trainer.config.overrides import split_arguments
 from trainer.config.rules import resolve
@@ -38,7 +39,7 @@ def report(arguments: Sequence[str], ranks: int | None = None, rank: int | None 
     config = load_config(files, overrides)
     run = resolve(config, local_ranks(config, ranks, torch.cuda.device_count()), starting=False)
     program = build_program(run)
-    parts = [_configuration(run), _summary(run), _mesh(run), _stages(run, program), _program(program)]
+    parts = [_configuration(run), _summary(run), _mesh(run), _axes(run), _stages(run, program), _program(program)]
     if rank is not None:
         parts.append(_built(run, rank))
     return "\n\n".join(parts)
@@ -88,6 +89,22 @@ def _mesh(run: ResolvedRun) -> str:
     if layout.world_size > _SHOWN_RANKS:
         lines.append(f"... and {layout.world_size - _SHOWN_RANKS} more ranks")
     return "mesh\n" + _indented(lines)
+
+
+def _axes(run: ResolvedRun) -> str:
+    """Over which level of the topology each axis communicates."""
+    layout = run.layout
+    per_node = min(layout.world_size, torch.cuda.device_count() or layout.world_size)
+    topology = Topology.from_config(run.config.topology, per_node, -(-layout.world_size // per_node))
+    rows = [["axis", "degree", "level", "bytes/s", "seconds"]]
+    for axis in AXES:
+        cells = ["-", "-", "-"]
+        if layout.degree(axis) > 1:
+            level = topology.levels[max(topology.level_of(group) for group in layout.groups(axis))]
+            known = (level.bandwidth_bytes_per_second, level.latency_seconds)
+            cells = [level.name, *("not known" if value is None else f"{value:g}" for value in known)]
+        rows.append([axis, str(layout.degree(axis)), *cells])
+    return "axes, and the slowest level that each communicates over\n" + _indented(_table(rows))
 
 
 def _stages(run: ResolvedRun, program: Program) -> str:

@@ -33,7 +33,7 @@ from trainer.metrics.spans import SpanRecorder
 from trainer.run_directory import RunDirectory
 
 _EVAL_SEED = 0
-"""Evaluation reads the same held-out windows in every run, drawn over the whole split so that few of them stand for it."""
+"""Evaluation reads the same held-out windows in every run, drawn over the whole split so that a few stand for it."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from math import prod
 from pathlib import Path
 
 from parallel.layout import Layout
@@ -20,6 +21,7 @@ def resolve(config: RunConfig, world_size: int, *, starting: bool = True) -> Res
     """
     problems = [Problem(f"model.{key}", value, rule, fix) for key, value, rule, fix in config.model.problems()]
     layout = _layout(config, world_size, problems)
+    problems += _topology(config, world_size)
     batch: BatchSizes | None = None
     if layout is not None:
         batch = _batch(config, layout, problems)
@@ -53,6 +55,20 @@ def _layout(config: RunConfig, world_size: int, problems: list[Problem]) -> Layo
         rule = f"the world size, {world_size}, must be the product of the degrees: {error}"
         problems.append(Problem("parallel", degrees, rule, f"{fix}, or change the degrees"))
         return None
+
+
+def _topology(config: RunConfig, world_size: int) -> list[Problem]:
+    """Configured levels must describe exactly the ranks that there are."""
+    levels = config.topology.levels
+    if levels is None:
+        return []
+    described = prod(level.size for level in levels)
+    if described == world_size:
+        return []
+    sizes = " x ".join(f"{level.name} {level.size}" for level in levels) or "none"
+    rule = f"the sizes of the levels multiply to {described}, the world size is {world_size}"
+    fix = "correct the sizes, or leave topology.levels out"
+    return [Problem("topology.levels", sizes, rule, fix)]
 
 
 def _batch(config: RunConfig, layout: Layout, problems: list[Problem]) -> BatchSizes | None:
