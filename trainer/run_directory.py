@@ -15,7 +15,6 @@ Rank 0 writes everything but the logs and its peers' share of checkpoints.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import yaml
 
 from trainer.config.run import RunConfig
+from trainer.files import replace_text
 
 
 class RunDirectory:
@@ -63,13 +63,3 @@ class RunDirectory:
             with self.superseded.open("a") as file:
                 file.writelines(f"{line}\n" for line in moved)
             replace_text(self.metrics, "".join(f"{line}\n" for line in kept))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a whole file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

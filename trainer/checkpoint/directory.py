@@ -15,12 +15,12 @@ No torch, no process group: everything here can be asked before a run starts.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 
 from trainer.checkpoint.manifest import MANIFEST
+from trainer.files import sync_directory, write_synced
 
 LATEST = "latest"
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -114,23 +114,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     except OSError as error:
         _log.warning("cannot remove %s: %s", path, error)
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a whole file and wait until it is on the disk."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _prune(directory: Path, newest: Path, keep: int) -> None:

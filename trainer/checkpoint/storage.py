@@ -34,9 +34,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from trainer.checkpoint.directory import begin, commit, partial_path, write_synced
+from trainer.checkpoint.directory import begin, commit, partial_path
 from trainer.checkpoint.manifest import INDEX, MANIFEST, STATES, CheckpointManifest
 from trainer.checkpoint.planner import narrow
+from trainer.files import write_synced
 
 _CHECKSUMS = "crc32"
 

@@ -10,6 +10,7 @@ file system does not honour it, several build, one rename wins, and the others u
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import shutil
@@ -28,9 +29,10 @@ from trainer.data.config import BpeTokenizerConfig, BuildSettings, ByteTokenizer
 from trainer.data.dataset import Dataset, open_dataset
 from trainer.data.manifest import MANIFEST, TOKENIZER, Manifest, SourceReport, TokenizerEntry, token_dtype
 from trainer.data.mixing import fraction_of
-from trainer.data.shards import SplitWriter, sync_directory, write_synced
+from trainer.data.shards import SplitWriter
 from trainer.data.sources import describe, read_documents, source_problems, utf8_length
 from trainer.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer_file, train_bpe
+from trainer.files import sync_directory, write_synced
 
 Progress = Callable[[int, int], None]  # documents and UTF-8 bytes so far
 
@@ -165,7 +167,9 @@ def _write(directory: Path, settings: BuildSettings, progress: Progress) -> Mani
     finally:
         train.abandon()
         held_out.abandon()
-    sha256 = write_synced(directory / TOKENIZER, tokenizer.to_json().encode())
+    tokenizer_json = tokenizer.to_json().encode()
+    write_synced(directory / TOKENIZER, tokenizer_json)
+    sha256 = hashlib.sha256(tokenizer_json).hexdigest()
     return Manifest(
         dtype=dtype.name,  # type: ignore[arg-type]  # one of the three by construction, and pydantic checks
         tokenizer=TokenizerEntry(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.manifest import ShardEntry, SplitEntry, SplitName
+from trainer.files import sync_file, write_synced
 
 _BUFFER_BYTES = 2**20
 
@@ -86,38 +86,17 @@ class _Shard:
         self._offsets.append(self.tokens)
 
     def finish(self) -> ShardEntry:
-        _sync(self.file)
+        with self.file:
+            sync_file(self.file)
         index = np.asarray(self._offsets, dtype="<u8").tobytes()
         index_name = f"{self._name}.index"
+        write_synced(self._directory / index_name, index)
         return ShardEntry(
             file=f"{self._name}.bin",
             bytes=self.tokens * self._itemsize,
             sha256=self._hash.hexdigest(),
             index=index_name,
-            index_sha256=write_synced(self._directory / index_name, index),
+            index_sha256=hashlib.sha256(index).hexdigest(),
             tokens=self.tokens,
             documents=len(self._offsets) - 1,
         )
-
-
-def write_synced(file: Path, data: bytes) -> str:
-    """Write the file and wait until it is on the disk. Returns its SHA-256."""
-    opened = open(file, "wb")  # noqa: SIM115 - _sync closes it
-    opened.write(data)
-    _sync(opened)
-    return hashlib.sha256(data).hexdigest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Wait until the names in the directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(file: Any) -> None:
-    with file:
-        file.flush()
-        os.fsync(file.fileno())

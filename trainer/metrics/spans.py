@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.pipeline.actions import Action
-from trainer.run_directory import replace_text
+from trainer.files import replace_text
 
 
 @dataclass(frozen=True)
