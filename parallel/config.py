@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,7 +32,7 @@ class ParallelConfig(BaseModel):
         default=1, ge=1, description="Tensor-parallel degree: heads, feed-forward and vocabulary split."
     )
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Pipeline axis.")
-    data_shard: int | Literal["auto"] = Field(
+    data_shard: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
         description="Data-parallel ranks that ZeRO may shard state over; auto: all ranks that no other axis takes.",
     )

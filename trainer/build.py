@@ -169,6 +169,13 @@ def initialize(run: ResolvedRun, parameters: FlatParameters) -> None:
                 parameters.parameters[slot.spec.name].copy_(weight)
 
 
+def await_weights(run: ResolvedRun, optimizer: ShardedOptimizer, unit: str) -> None:
+    """Before a unit's forward: wait for the weights that it reads. A tied head reads those of the embedding."""
+    optimizer.finish_gather(unit)
+    if unit == "head" and run.config.model.tied_embeddings:
+        optimizer.finish_gather(_EMBED)
+
+
 def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: Observer = unobserved) -> Engine:
     """Everything that this rank trains with, with initial weights (on the meta device: shapes only)."""
     config, numbers = run.config, numbers_of(run)
@@ -198,7 +205,7 @@ def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: O
         partial(_loss, mesh, config.train.sequence * run.batch.global_batch) if is_last else None,
         stage_modules.gradients,
         store,
-        optimizer.finish_gather,
+        partial(await_weights, run, optimizer),
     )
     program = build_program(run)
     shape = (run.batch.micro_batch, config.train.sequence, config.model.hidden)

@@ -43,6 +43,8 @@ class FlatParameters:
                 if shape != slot.spec.shape:
                     raise ValueError(f"parameter {slot.spec.name!r} has shape {shape}, its slot {slot.spec.shape}")
                 view = buffer[slot.range.start : slot.range.stop].view(shape)
-                parameter = nn.Parameter(view)
+                # `.data` has a version counter of its own: a gather into one unit must not look to autograd like a
+                # change of all others. That no unit changes between its forward and backward is the program's order.
+                parameter = nn.Parameter(view.data)
                 setattr(owner, leaf, parameter)
                 self.parameters[slot.spec.name] = parameter

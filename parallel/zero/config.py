@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,10 +29,10 @@ class ZeroConfig(BaseModel):
     stage: Literal[0, 1, 2] | None = Field(
         default=None, description="ZeRO stage: 0 none, 1 optimizer state, 2 also gradients. Default 1."
     )
-    grads: int | Literal["all"] | None = Field(
+    grads: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
         default=None, description="Ranks that share one copy of the gradients: 1 or all (instead of stage)."
     )
-    optim: int | Literal["all"] | None = Field(
+    optim: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
         default=None, description="Ranks that share one copy of the optimizer state: 1 or all (instead of stage)."
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch import Tensor
 from parallel.comm.channel import Channel, Pending, Steps
 from parallel.flat.space import FlatSpace, Range, Slot, Unit
 from parallel.zero.config import ThreeNumbers
+
+UnitLayout = tuple[int, tuple[Range, ...]]
+"""A unit's elements and where its slots are; what is between and behind the slots is padding, always zero."""
 
 
 class DataChannels:
@@ -49,6 +53,7 @@ class UnitGradients:
 
     def __init__(self, unit: Unit, store: GradientStore) -> None:
         self.unit, self.store = unit, store
+        self.layout: UnitLayout = (unit.numel, tuple(slot.range for slot in unit.slots))
         self.slots = {slot.spec.name: _ParameterGradient(self, slot) for slot in unit.slots}
         self.expected = len(unit.slots)
         self.received = 0
@@ -66,7 +71,7 @@ class UnitGradients:
     def writable(self) -> Tensor:
         """The buffer that this micro-batch's gradients are written to, shape (unit.numel,)."""
         if self.buffer is None:
-            self.buffer = self.store.take_staging(self.unit.numel)
+            self.buffer = self.store.take_staging(self.layout)
             self._expect_fresh()
         return self.buffer
 
@@ -117,7 +122,7 @@ class UnitGradients:
             else:
                 self.owned.copy_(share)
             self.accumulated = True
-            self.store.return_staging(buffer)
+            self.store.return_staging(self.layout, buffer)
         if last:
             yield from data.replicate.all_reduce(self.owned)
 
@@ -133,7 +138,7 @@ class GradientStore:
         self.numbers, self.data, self.device = numbers, data, device
         self.share_index = data.shard.index if numbers.optim > 1 else 0
         self.last_backward = {unit.stage: False for unit in space.units}
-        self._staging: list[Tensor] = []
+        self._staging: dict[UnitLayout, list[Tensor]] = {}
         self._under_way: deque[Pending] = deque()
         self.units = {unit.name: UnitGradients(unit, self) for unit in space.units}
 
@@ -177,18 +182,22 @@ class GradientStore:
         while self._under_way:
             self._under_way.popleft().finish()
 
-    def take_staging(self, numel: int) -> Tensor:
-        """A staging buffer of `numel` elements; the oldest reduction is finished first if two are under way."""
+    def take_staging(self, layout: UnitLayout) -> Tensor:
+        """A staging buffer for a unit of this layout; the oldest reduction is finished first if two are under way.
+
+        Only units of one layout share buffers: where a slot of one unit is padding of another, its gradients would
+        be taken for the other's.
+        """
         while len(self._under_way) >= 2:
             self._under_way.popleft().finish()
-        for position, buffer in enumerate(self._staging):
-            if buffer.numel() == numel:
-                return self._staging.pop(position)
-        return torch.zeros(numel, dtype=torch.float32, device=self.device)
+        free = self._staging.get(layout)
+        if free:
+            return free.pop(0)
+        return torch.zeros(layout[0], dtype=torch.float32, device=self.device)
 
-    def return_staging(self, buffer: Tensor) -> None:
+    def return_staging(self, layout: UnitLayout, buffer: Tensor) -> None:
         """Give a staging buffer back."""
-        self._staging.append(buffer)
+        self._staging.setdefault(layout, []).append(buffer)
 
     def memory_bytes(self) -> int:
         """Bytes held now: owned shares, whole buffers and staging."""
@@ -197,6 +206,6 @@ class GradientStore:
             for tensor in (unit.buffer, unit.owned):
                 if tensor is not None:
                     held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        for tensor in self._staging:
+        for tensor in chain.from_iterable(self._staging.values()):
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(held.values())
