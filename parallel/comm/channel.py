@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.memory import flat_zeros
+
 Steps = Generator[list[dist.Work], None, None]
 """Phases of an operation: what is yielded must be waited for before the generator goes on."""
 
@@ -122,7 +124,7 @@ class Channel:
         for position, tensor in enumerate(self._scratch):
             if tensor.shape == (rows, like.numel()) and tensor.dtype == like.dtype:
                 return self._scratch.pop(position)
-        return torch.empty((rows, like.numel()), dtype=like.dtype, device=like.device)
+        return flat_zeros(rows * like.numel(), like.dtype, like.device).view(rows, -1)
 
 
 def _sum_in_rank_order(own: Tensor, index: int, arrived: dict[int, Tensor]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.flat.space import FlatSpace, Unit
+from parallel.memory import flat_zeros
 
 
 class FlatParameters:
@@ -19,7 +20,7 @@ class FlatParameters:
 
     def __init__(self, space: FlatSpace, dtype: torch.dtype, device: torch.device) -> None:
         self.space = space
-        self.buffer = torch.zeros(space.numel, dtype=dtype, device=device)
+        self.buffer = flat_zeros(space.numel, dtype, device)
         self.parameters: dict[str, nn.Parameter] = {}
 
     def unit(self, unit: Unit) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from parallel.comm.channel import Channel, Pending, Steps
 from parallel.flat.space import FlatSpace, Range, Slot, Unit
+from parallel.memory import flat_zeros
 from parallel.zero.config import ThreeNumbers
 
 UnitLayout = tuple[int, tuple[Range, ...]]
@@ -63,10 +64,10 @@ class UnitGradients:
         own = unit.share(store.share_index, store.numbers.optim)
         self.owned_range: Range = own
         if store.numbers.grads == 1:
-            self.buffer = torch.zeros(unit.numel, dtype=torch.float32, device=store.device)
+            self.buffer = flat_zeros(unit.numel, torch.float32, store.device)
             self.owned = self.buffer[own.start : own.stop]
         else:
-            self.owned = torch.zeros(own.length, dtype=torch.float32, device=store.device)
+            self.owned = flat_zeros(own.length, torch.float32, store.device)
 
     def writable(self) -> Tensor:
         """The buffer that this micro-batch's gradients are written to, shape (unit.numel,)."""
@@ -193,7 +194,7 @@ class GradientStore:
         free = self._staging.get(layout)
         if free:
             return free.pop(0)
-        return torch.zeros(layout[0], dtype=torch.float32, device=self.device)
+        return flat_zeros(layout[0], torch.float32, self.device)
 
     def return_staging(self, layout: UnitLayout, buffer: Tensor) -> None:
         """Give a staging buffer back."""

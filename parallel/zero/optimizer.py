@@ -18,6 +18,7 @@ from torch import Tensor
 from parallel.comm.channel import Channel, Pending
 from parallel.flat.buffers import FlatParameters
 from parallel.flat.space import Range, Unit
+from parallel.memory import flat_zeros
 from parallel.zero.gradients import GradientStore
 
 
@@ -79,10 +80,10 @@ class ShardedOptimizer:
         self.sharded = gradients.numbers.optim > 1
         device = parameters.buffer.device
         lengths = [unit.owned.numel() for unit in gradients.units.values()]
-        self.first_moment = torch.zeros(sum(lengths), dtype=torch.float32, device=device)
-        self.second_moment = torch.zeros_like(self.first_moment)
+        self.first_moment = flat_zeros(sum(lengths), torch.float32, device)
+        self.second_moment = flat_zeros(sum(lengths), torch.float32, device)
         full_precision = parameters.buffer.dtype == torch.float32
-        self.master = None if full_precision else torch.zeros_like(self.first_moment)
+        self.master = None if full_precision else flat_zeros(sum(lengths), torch.float32, device)
         self.ranges: dict[str, OwnedRange] = {}
         self._gathers: dict[str, Pending] = {}
         start = 0
