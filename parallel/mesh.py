@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Literal
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.comm.channel import Channel
@@ -75,7 +76,9 @@ def start_process_group(
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         return
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds))
+    store = HashStore() if world_size == 1 else None  # a single process needs no launcher to meet itself
+    limit = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -20,6 +22,9 @@ from trainer.models.partition import stage_units
 from trainer.process import die_with_parent
 from trainer.session import Place, Session, open_session
 from trainer.signals import Signals
+
+_SECONDS_FOR_THE_FIRST = 20.0
+"""How long the first rank of a machine may take to find what the others have found; it may still be importing."""
 
 
 @record
@@ -40,11 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if session.is_main:
                 print(conclusion(session, loop), flush=True)
     except ConfigError as error:
-        if place.local_rank == 0:
-            print(error, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # Not an exception for the launcher to report: everything has been said.
-        os._exit(2)
+        refuse(error, place, signals)
+
+
+def refuse(error: ConfigError, place: Place, signals: Signals) -> NoReturn:
+    """Print what is wrong once per machine and end with code 2.
+
+    A launcher stops all ranks as soon as one has ended, so the others let the first one speak before they end. It
+    will be silent where only they are in trouble; then they speak for themselves.
+    """
+    deadline = time.monotonic() + _SECONDS_FOR_THE_FIRST
+    while place.local_rank != 0 and not signals.stop and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if place.local_rank == 0 or not signals.stop:
+        print(error, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not an exception for the launcher to report: everything has been said.
+    os._exit(2)
 
 
 def introduction(session: Session) -> str:

@@ -45,7 +45,7 @@ class Loop:
         self._save_asked = False
         self._saved_step = session.step if session.resumed_from else -1
         self._first_step = session.step + 1
-        self._skipped = 0
+        self._skipped = session.step - session.engine.optimizer.step_count()
         self._tokens_per_step = session.run.batch.global_batch * session.config.train.sequence
         self._flops_per_step = self._tokens_per_step * flops_per_token(
             session.config.model, session.config.train.sequence

@@ -54,7 +54,8 @@ class RunDirectory:
             return
         kept: list[str] = []
         moved: list[str] = []
-        for line in self.metrics.read_text().splitlines():
+        text = self.metrics.read_text()
+        for line in text.splitlines():
             try:
                 (kept if json.loads(line)["step"] <= step else moved).append(line)
             except json.JSONDecodeError:
@@ -62,4 +63,6 @@ class RunDirectory:
         if moved:
             with self.superseded.open("a") as file:
                 file.writelines(f"{line}\n" for line in moved)
-            replace_text(self.metrics, "".join(f"{line}\n" for line in kept))
+        remaining = "".join(f"{line}\n" for line in kept)
+        if remaining != text:  # also where a kill cut off nothing but the end of the last line
+            replace_text(self.metrics, remaining)

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from parallel.layout import AXES
 from parallel.mesh import Mesh, start_process_group
 from trainer.build import build_engine
-from trainer.checkpoint.store import check_compatible, find_latest, load
+from trainer.checkpoint.start import starting_checkpoint
+from trainer.checkpoint.store import load
 from trainer.config.problems import ConfigError
 from trainer.config.run import ResolvedRun, RunConfig
 from trainer.data.batches import BatchPlan, MicroBatches
@@ -104,32 +105,17 @@ def choose_device(config: RunConfig, place: Place) -> torch.device:
     return torch.device("cuda", place.local_rank)
 
 
-def find_checkpoint(config: RunConfig, directory: RunDirectory) -> Path | None:
-    """What the run starts from: its own newest checkpoint, the one it was told to load, or nothing.
-
-    Raises:
-        ConfigError: the checkpoint cannot be used with this config.
-    """
-    own = find_latest(directory.checkpoints) if config.checkpoint.resume else None
-    path = own or (Path(config.checkpoint.load) if config.checkpoint.load else None)
-    if path is not None:
-        problems = check_compatible(path, config)
-        if problems:
-            raise ConfigError(problems)
-    return path
-
-
 @contextmanager
 def open_session(run: ResolvedRun, place: Place) -> Iterator[Session]:
     """Build everything; the process group ends with the block.
 
     Raises:
-        ConfigError: the dataset or the checkpoint cannot be used.
+        ConfigError: the dataset cannot be built or used.
     """
     config = run.config
     device = choose_device(config, place)
     directory = RunDirectory(Path(config.run.directory))
-    checkpoint = find_checkpoint(config, directory)
+    checkpoint = starting_checkpoint(config)  # `resolve` has checked that it fits
     dataset = ensure_dataset(config.data)
     problems = check_dataset(config.data, config.model.vocab, config.train.sequence)
     if problems:

@@ -32,6 +32,7 @@ class Signals:
 
     def report(self) -> tuple[float, float]:
         """(stop, save) as numbers for the step's report; a save is asked for once."""
-        asked = float(self.stop), float(self.save)
-        self.save = False
-        return asked
+        save = self.save
+        if save:  # a request that comes right now must not be cleared unseen
+            self.save = False
+        return float(self.stop), float(save)

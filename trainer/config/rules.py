@@ -8,6 +8,8 @@ from pathlib import Path
 
 from parallel.layout import Layout
 from parallel.pipeline.schedules import registry
+from trainer.checkpoint.manifest import check_compatible
+from trainer.checkpoint.start import starting_checkpoint
 from trainer.config.problems import ConfigError, Problem
 from trainer.config.run import BatchSizes, ResolvedRun, RunConfig
 from trainer.data.check import check_dataset
@@ -34,6 +36,7 @@ def resolve(config: RunConfig, world_size: int, *, starting: bool = True) -> Res
         problems += _device(config)
     problems += _run_directory(config)
     problems += check_dataset(config.data, config.model.vocab, config.train.sequence)
+    problems += _checkpoint(config)
     if problems:
         raise ConfigError(problems)
     assert layout is not None
@@ -179,3 +182,9 @@ def _run_directory(config: RunConfig) -> list[Problem]:
         rule = f"{place} must be a writable directory ({error.strerror})"
     fix = "name a directory that this user may create and write, e.g. run.directory=runs/mine"
     return [Problem("run.directory", config.run.directory, rule, fix)]
+
+
+def _checkpoint(config: RunConfig) -> list[Problem]:
+    """What the run starts from must be undamaged and hold this model."""
+    path = starting_checkpoint(config)
+    return check_compatible(path, config) if path is not None else []
