@@ -14,6 +14,7 @@ from typing import Literal
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from parallel.comm.channel import Channel
 from parallel.layout import AXES, Layout
@@ -33,9 +34,17 @@ class Mesh:
     """This rank's place in the layout and its channel along any set of axes in `GROUPS`."""
 
     def __init__(
-        self, layout: Layout, device_type: str, algorithm: Literal["auto", "native", "direct"] = "auto"
+        self,
+        layout: Layout,
+        device_type: str,
+        algorithm: Literal["auto", "native", "direct"] = "auto",
+        timeout_seconds: float | None = None,
     ) -> None:
         """Make the groups of `layout` over an initialized default process group.
+
+        Args:
+            algorithm: Which collectives the channels use (parallel/comm/channel.py).
+            timeout_seconds: How long an operation may wait for its peers; None: torch's default.
 
         Raises:
             ValueError: the process group has another size than the layout.
@@ -50,7 +59,11 @@ class Mesh:
         self.device_mesh: DeviceMesh = init_device_mesh(device_type, shape, mesh_dim_names=tuple(reversed(AXES)))
         self._channels: dict[frozenset[str], Channel] = {}
         for axes in GROUPS:
-            self._channels[frozenset(axes)] = Channel(self._group(axes), algorithm)
+            group = self._group(axes)
+            if timeout_seconds is not None:
+                # DeviceMesh gives its groups torch's half hour, whatever the default group was told.
+                _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+            self._channels[frozenset(axes)] = Channel(group, algorithm, timeout_seconds)
 
     def _group(self, axes: tuple[str, ...]) -> dist.ProcessGroup:
         if len(axes) == len(AXES):

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = resolve(load_config(files, overrides), place.world_size)
         with open_session(run, place) as session:
             if session.is_main:
-                session.directory.open(run.config, describe(files), session.step)
+                session.directory.open(run.values(), describe(files), session.step)
                 print(introduction(session), flush=True)
             loop = Loop(session, signals)
             loop.run()

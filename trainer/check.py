@@ -20,6 +20,7 @@ from parallel.pipeline.simulate import simulate
 from parallel.topology import Topology
 from trainer.build import build_engine, build_modules, build_program, build_space_of, numbers_of
 from trainer.config.overrides import split_arguments
+from trainer.config.problems import ConfigError, Problem
 from trainer.config.rules import resolve
 from trainer.config.run import ResolvedRun, load_config, local_ranks
 from trainer.engine import Engine
@@ -38,6 +39,9 @@ def report(arguments: Sequence[str], ranks: int | None = None, rank: int | None 
     files, overrides = split_arguments(list(arguments))
     config = load_config(files, overrides)
     run = resolve(config, local_ranks(config, ranks, torch.cuda.device_count()), starting=False)
+    if rank is not None and rank >= run.layout.world_size:
+        rule = f"must be less than the number of ranks ({run.layout.world_size})"
+        raise ConfigError(Problem("--rank", rank, rule, "name another rank, or more --ranks"))
     program = build_program(run)
     parts = [_configuration(run), _summary(run), _mesh(run), _axes(run), _stages(run, program), _program(program)]
     if rank is not None:
@@ -60,10 +64,7 @@ def build_fake_rank(run: ResolvedRun, rank: int) -> Engine:
 
 
 def _configuration(run: ResolvedRun) -> str:
-    resolved = run.config.model_dump(mode="json")
-    resolved["train"] |= vars(run.batch)
-    resolved["parallel"]["data_shard"] = run.layout.data_shard
-    return "configuration\n" + _indented(yaml.safe_dump(resolved, sort_keys=False).rstrip().splitlines())
+    return "configuration\n" + _indented(yaml.safe_dump(run.values(), sort_keys=False).rstrip().splitlines())
 
 
 def _summary(run: ResolvedRun) -> str:
@@ -96,7 +97,7 @@ def _axes(run: ResolvedRun) -> str:
     layout = run.layout
     per_node = min(layout.world_size, torch.cuda.device_count() or layout.world_size)
     topology = Topology.from_config(run.config.topology, per_node, -(-layout.world_size // per_node))
-    rows = [["axis", "degree", "level", "bytes/s", "seconds"]]
+    rows = [["axis", "degree", "level", "bandwidth bytes/s", "latency s"]]
     for axis in AXES:
         cells = ["-", "-", "-"]
         if layout.degree(axis) > 1:

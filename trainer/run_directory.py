@@ -22,7 +22,6 @@ from typing import Any
 
 import yaml
 
-from trainer.config.run import RunConfig
 from trainer.files import replace_text
 
 
@@ -37,10 +36,10 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.trace = path / "trace.json"
 
-    def open(self, config: RunConfig, environment: Mapping[str, Any], step: int) -> None:
-        """Record a start of the run that continues behind `step`."""
+    def open(self, config: Mapping[str, Any], environment: Mapping[str, Any], step: int) -> None:
+        """Record a start of the run, whose resolved values are `config`, that continues behind `step`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        resolved = yaml.safe_dump(dict(config), sort_keys=False)
         replace_text(self.path / "config.yaml", resolved)
         starts = self.path / "environment.json"
         entries = json.loads(starts.read_text()) if starts.exists() else []

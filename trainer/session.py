@@ -122,7 +122,7 @@ def open_session(run: ResolvedRun, place: Place) -> Iterator[Session]:
         raise ConfigError(problems)
     start_process_group(device.type, place.rank, place.world_size, config.run.timeout_seconds)
     try:
-        mesh = Mesh(run.layout, device.type, config.comm.algorithm)
+        mesh = Mesh(run.layout, device.type, config.comm.algorithm, config.run.timeout_seconds)
         spans = SpanRecorder(device)
         engine = build_engine(run, mesh, device, spans)
         session = _with_data(run, place, device, directory, dataset, mesh, engine, spans)

@@ -15,7 +15,8 @@ native algorithms use the links between several devices at once and win.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Literal
+from datetime import timedelta
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,14 @@ from torch import Tensor
 
 from parallel.memory import flat_zeros
 
-Steps = Generator[list[dist.Work], None, None]
+
+class Waitable(Protocol):
+    """Something under way, such as torch's Work."""
+
+    def wait(self) -> object: ...
+
+
+Steps = Generator[list[Waitable], None, None]
 """Phases of an operation: what is yielded must be waited for before the generator goes on."""
 
 
@@ -32,7 +40,7 @@ class Pending:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
-        self._works: list[dist.Work] | None = next(steps, None)
+        self._works: list[Waitable] | None = next(steps, None)
 
     @property
     def done(self) -> bool:
@@ -54,12 +62,19 @@ class Pending:
 class Channel:
     """Collectives over one process group. A group of one rank communicates nothing and is no special case."""
 
-    def __init__(self, group: dist.ProcessGroup, algorithm: Literal["auto", "native", "direct"] = "auto") -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        algorithm: Literal["auto", "native", "direct"] = "auto",
+        timeout_seconds: float | None = None,
+    ) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
+        gloo = dist.get_backend(group) == "gloo"
+        self._timeout = timedelta(seconds=timeout_seconds) if gloo and timeout_seconds is not None else None
         if algorithm == "auto":
-            algorithm = "direct" if dist.get_backend(group) == "gloo" else "native"
+            algorithm = "direct" if gloo else "native"
         self.algorithm = algorithm
         self._scratch: list[Tensor] = []
 
@@ -75,7 +90,7 @@ class Channel:
         own = self.share(buffer, self.index)
         if self.algorithm == "native":
             summed = torch.empty_like(own)
-            yield [_work(dist.reduce_scatter_tensor(summed, buffer, group=self.group, async_op=True))]
+            yield [self._work(dist.reduce_scatter_tensor(summed, buffer, group=self.group, async_op=True))]
             own.copy_(summed)
             return
         arrived = self._take(own, self.size - 1)
@@ -91,7 +106,7 @@ class Channel:
             return
         own = self.share(buffer, self.index)
         if self.algorithm == "native":
-            yield [_work(dist.all_gather_into_tensor(buffer, own.clone(), group=self.group, async_op=True))]
+            yield [self._work(dist.all_gather_into_tensor(buffer, own.clone(), group=self.group, async_op=True))]
             return
         peers = self._peers()
         works = [self.receive(self.share(buffer, peer), peer) for peer in peers]
@@ -102,18 +117,22 @@ class Channel:
         if self.size == 1:
             return
         if self.algorithm == "native" or buffer.numel() % self.size:
-            yield [_work(dist.all_reduce(buffer, group=self.group, async_op=True))]
+            yield [self._work(dist.all_reduce(buffer, group=self.group, async_op=True))]
             return
         yield from self.reduce_scatter(buffer)
         yield from self.all_gather(buffer)
 
-    def send(self, tensor: Tensor, peer: int) -> dist.Work:
+    def send(self, tensor: Tensor, peer: int) -> Waitable:
         """Start to send a contiguous tensor to rank `peer` of the group; it may not change until the work ends."""
-        return _work(dist.isend(tensor, group=self.group, group_dst=peer))
+        return self._work(dist.isend(tensor, group=self.group, group_dst=peer))
 
-    def receive(self, tensor: Tensor, peer: int) -> dist.Work:
+    def receive(self, tensor: Tensor, peer: int) -> Waitable:
         """Start to receive into a contiguous tensor from rank `peer` of the group."""
-        return _work(dist.irecv(tensor, group=self.group, group_src=peer))
+        return self._work(dist.irecv(tensor, group=self.group, group_src=peer))
+
+    def _work(self, work: dist.Work | None) -> Waitable:
+        assert work is not None, "an asynchronous operation on a group that this rank belongs to returns its work"
+        return work if self._timeout is None else _Bounded(work, self._timeout)
 
     def _peers(self) -> list[int]:
         # Each rank starts with its next neighbour, so that no rank is everybody's first target.
@@ -140,6 +159,15 @@ def _sum_in_rank_order(own: Tensor, index: int, arrived: dict[int, Tensor]) -> N
             own += arrived[peer]
 
 
-def _work(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "an asynchronous operation on a group that this rank belongs to returns its work"
-    return work
+class _Bounded:
+    """A work whose wait ends with an error when its peers do not come.
+
+    Gloo's point-to-point works know no time-out but one that is given with the wait. NCCL's must not be given one:
+    its waits would then block the host, and its watchdog bounds them anyway.
+    """
+
+    def __init__(self, work: dist.Work, timeout: timedelta) -> None:
+        self._work, self._timeout = work, timeout
+
+    def wait(self) -> bool:
+        return bool(self._work.wait(self._timeout))

@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from parallel.comm.channel import Channel
+from parallel.comm.channel import Channel, Waitable
 from parallel.pipeline.actions import Action, Op
 from parallel.pipeline.program import Program
 from parallel.pipeline.stage import Stage
@@ -74,9 +73,9 @@ class Executor:
         if unknown:
             raise ValueError(f"program {program.name!r} has ops that nothing here handles: {', '.join(unknown)}")
         # (op of the consumer, stage, micro-batch) -> tensor and the transfer that fills it.
-        self._ready: dict[tuple[Op, int, int], tuple[Tensor, dist.Work | None]] = {}
+        self._ready: dict[tuple[Op, int, int], tuple[Tensor, Waitable | None]] = {}
         self._outgoing: dict[tuple[Op, int, int], Tensor] = {}
-        self._sends: deque[tuple[dist.Work, Tensor]] = deque()
+        self._sends: deque[tuple[Waitable, Tensor]] = deque()
         self._losses: dict[int, Tensor] = {}
         self._train = True
 

@@ -31,7 +31,7 @@ def resolve(config: RunConfig, world_size: int, *, starting: bool = True) -> Res
         problems += _pipeline(config, batch)
         for key, value, rule, fix in config.zero.problems(layout.data_shard):
             problems.append(Problem(f"zero.{key}", value, rule, fix))
-    problems += _learning_rate(config)
+    problems += _optimizer(config)
     if starting:
         problems += _device(config)
     problems += _run_directory(config)
@@ -131,24 +131,10 @@ def _pipeline(config: RunConfig, batch: BatchSizes | None) -> list[Problem]:
     return problems
 
 
-def _learning_rate(config: RunConfig) -> list[Problem]:
-    rate, steps = config.optimizer.learning_rate, config.train.steps
-    decay = rate.decay_steps or 0
-    problems = []
-    if rate.warmup_steps >= steps:
-        rule = f"must be smaller than train.steps ({steps})"
-        problems.append(
-            Problem(
-                "optimizer.learning_rate.warmup_steps", rate.warmup_steps, rule, "shorten the warm-up or train longer"
-            )
-        )
-    elif rate.schedule == "wsd" and rate.warmup_steps + decay > steps:
-        rule = f"warm-up and decay ({rate.warmup_steps} + {decay}) must fit in train.steps ({steps})"
-        problems.append(Problem("optimizer.learning_rate.decay_steps", decay, rule, "shorten one of them"))
+def _optimizer(config: RunConfig) -> list[Problem]:
+    """A warm-up or decay longer than the run is fine: a trial run is the beginning of a longer one."""
     rule, fix = "must be at least 0 and less than 1", "e.g. optimizer.betas: [0.9, 0.95]"
-    return problems + [
-        Problem("optimizer.betas", beta, rule, fix) for beta in config.optimizer.betas if not 0 <= beta < 1
-    ]
+    return [Problem("optimizer.betas", beta, rule, fix) for beta in config.optimizer.betas if not 0 <= beta < 1]
 
 
 def _device(config: RunConfig) -> list[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -124,6 +124,14 @@ class ResolvedRun:
     config: RunConfig
     layout: Layout
     batch: BatchSizes
+
+    def values(self) -> dict[str, Any]:
+        """The config as plain values with everything that was derived filled in: loading them gives the same run."""
+        values = self.config.model_dump(mode="json")
+        values["run"]["ranks"] = self.layout.world_size
+        values["train"] |= vars(self.batch)
+        values["parallel"]["data_shard"] = self.layout.data_shard
+        return values
 
 
 def local_ranks(config: RunConfig, requested: int | None, devices: int = 0) -> int:
