@@ -1,8 +1,8 @@
 """Memory for flat buffers.
 
 A flat buffer is walked from end to end several times a step. On a CPU it is put on huge pages where the kernel has
-them: 512 times fewer page faults at the start and address translations ever after (benchmarks/README.md has the
-measurement). Elsewhere, and for small buffers, it is an ordinary tensor.
+them: 512 times fewer page faults at the start, and fewer address translations ever after. Elsewhere, and for small
+buffers, it is an ordinary tensor.
 """
 
 from __future__ import annotations
