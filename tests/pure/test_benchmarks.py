@@ -155,30 +155,31 @@ def test_step_refuses_a_peer_that_did_other_work(loss: float) -> None:
         step.summary(measured)
 
 
-def comm_part(native: list[float], direct: list[float], operation: str = "all_reduce") -> common.Row:
-    return {
-        "operation": operation,
-        "bytes": comm.BAR_BYTES,
-        "native": native,
-        "direct": direct,
-        "native_cpu": native,
-        "direct_cpu": direct,
-    }
+def samples(native: list[float], direct: list[float]) -> comm.Samples:
+    """Calls that take as much CPU time as time."""
+    return {"native": [[each, each] for each in native], "direct": [[each, each] for each in direct]}
 
 
 def test_comm_takes_the_slowest_rank_and_the_cpu_time_of_all() -> None:
-    ranks = [[comm_part([2.0, 4.0], [1.0, 1.0])], [comm_part([3.0, 1.0], [1.0, 2.0])]]
-    (row,) = comm.combine(2, ranks)
+    ranks = [samples([2.0, 4.0], [1.0, 1.0]), samples([3.0, 1.0], [1.0, 2.0])]
+    row = comm.row("all_reduce", 2, 64, ranks)
     assert row["native_milliseconds"] == {"median": 3500.0, "min": 3000.0, "max": 4000.0}
     assert row["native_cpu_milliseconds"]["median"] == 5000.0
-    assert row["speed_ratio"] == {"median": 2.5, "min": 2.0, "max": 3.0}
+    assert row["direct_speed_ratio"] == {"median": 2.5, "min": 2.0, "max": 3.0}
+
+
+def test_comm_joins_rounds_call_by_call() -> None:
+    assert comm.joined([samples([1.0], [2.0]), samples([3.0], [4.0])]) == samples([1.0, 3.0], [2.0, 4.0])
 
 
 def test_comm_bars_speak_of_one_size() -> None:
-    parts = [comm_part([2.0], [1.0], "reduce_scatter"), comm_part([0.9], [1.0])]
-    rows = comm.combine(2, [parts])
-    other = {**rows[0], "bytes": 1, "speed_ratio": common.spread([9.0])}
-    bars = comm.bars([*rows, other])
+    rows = [
+        comm.row("reduce_scatter", 2, comm.BAR_BYTES, [samples([2.0], [1.0])]),
+        comm.row("all_reduce", 2, comm.BAR_BYTES, [samples([0.9], [1.0])]),
+        comm.row("all_reduce", 2, 1, [samples([9.0], [1.0])]),
+        comm.row("all_reduce", 4, comm.BAR_BYTES, [samples([9.0], [1.0])]),
+    ]
+    bars = comm.bars(rows)
     assert [(each["value"], each["ok"]) for each in bars] == [(2.0, True), (0.9, False)]
     assert_format(common.report("comm", rows, bars))
 
