@@ -1,9 +1,9 @@
-"""atoll's two algorithms for a collective, gloo's own and the direct exchange of shares, at several sizes.
+"""atoll's algorithms for a collective on gloo, its own (native) and the direct exchange of shares, by size.
 
-This is the measurement behind `comm.algorithm: auto` (parallel/comm/channel.py). Both algorithms run in the same
+This is the measurement behind `comm.algorithm: auto` (parallel/comm/channel.py). The algorithms run in the same
 processes on the same buffer and take turns, call by call; a ratio is the median over calls of native time
-divided by the direct time of the call right behind it. A call ends when its slowest rank has ended. CPU time
-counts all threads of all ranks: where ranks compute meanwhile, it is what a collective takes away from them.
+divided by the other's time in the same turn. A call ends when its slowest rank has ended. CPU time counts all
+threads of all ranks: where ranks compute meanwhile, it is what a collective takes away from them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout without installation
 
@@ -24,14 +24,17 @@ from benchmarks import common
 RANKS = (2, 4)
 SIZES_BYTES = (64 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 OPERATIONS = ("reduce_scatter", "all_gather", "all_reduce")
-SAMPLES = ("native", "native_cpu", "direct", "direct_cpu")
+ALGORITHMS: tuple[Literal["native", "direct"], ...] = ("native", "direct")
 BAR_RANKS, BAR_BYTES = 2, 16 << 20
 BARS = {"reduce_scatter": 1.5, "all_reduce": 0.95}
 """The least native / direct time at BAR_BYTES over BAR_RANKS ranks."""
 
+Samples = dict[str, list[list[float]]]
+"""Per algorithm the [seconds, CPU seconds] of every call."""
 
-def measure(calls: int) -> list[common.Row]:
-    """One rank's part: by operation and size, the seconds and CPU seconds of every call of each algorithm."""
+
+def measure(calls: int) -> list[Samples]:
+    """One rank's part: samples of every operation at every size, in the order of `cases`."""
     import torch
     import torch.distributed as dist
 
@@ -41,51 +44,53 @@ def measure(calls: int) -> list[common.Row]:
     torch.set_num_threads(1)
     start_process_group("cpu", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout_seconds=120.0)
     assert dist.group.WORLD is not None
-    channels = {"native": Channel(dist.group.WORLD, "native"), "direct": Channel(dist.group.WORLD, "direct")}
+    channels = {algorithm: Channel(dist.group.WORLD, algorithm) for algorithm in ALGORITHMS}
 
-    def timed(channel: Channel, operation: str, buffer: torch.Tensor) -> tuple[float, float]:
+    def timed(channel: Channel, operation: str, buffer: torch.Tensor) -> list[float]:
         dist.barrier()
         start, cpu_start = time.perf_counter(), common.cpu_seconds()
         Pending(getattr(channel, operation)(buffer)).finish()
         seconds = time.perf_counter() - start
         dist.barrier()  # the other side of a transfer may still be at work here
-        return seconds, common.cpu_seconds() - cpu_start
+        return [seconds, common.cpu_seconds() - cpu_start]
 
     found = []
-    for size in SIZES_BYTES:
+    for operation, size in cases():
         buffer = torch.zeros(size // 4)
-        for operation in OPERATIONS:
-            row: common.Row = {"operation": operation, "bytes": size, **{key: [] for key in SAMPLES}}
-            for number in range(calls + 1):
-                for algorithm, channel in channels.items():
-                    seconds, cpu = timed(channel, operation, buffer)
-                    if number:  # the first call of each finds cold memory and is not counted
-                        row[algorithm].append(seconds)
-                        row[f"{algorithm}_cpu"].append(cpu)
-            found.append(row)
+        samples: Samples = {algorithm: [] for algorithm in ALGORITHMS}
+        for _ in range(calls + 1):
+            for algorithm, channel in channels.items():
+                samples[algorithm].append(timed(channel, operation, buffer))
+        # The first call of each finds cold memory and is not counted.
+        found.append({algorithm: taken[1:] for algorithm, taken in samples.items()})
     dist.destroy_process_group()
     return found
 
 
-def combine(world: int, ranks: Sequence[Sequence[common.Row]]) -> list[common.Row]:
-    """Rows for one number of ranks: a call takes as long as its slowest rank and the CPU time of all."""
-    rows = []
-    for parts in zip(*ranks, strict=True):
-        calls = {key: list(zip(*(part[key] for part in parts), strict=True)) for key in SAMPLES}
-        seconds = {name: [max(call) for call in calls[name]] for name in ("native", "direct")}
-        row: common.Row = {"operation": parts[0]["operation"], "ranks": world, "bytes": parts[0]["bytes"]}
-        for name in seconds:
-            row[f"{name}_milliseconds"] = common.spread(value * 1e3 for value in seconds[name])
-            row[f"{name}_cpu_milliseconds"] = common.spread(sum(call) * 1e3 for call in calls[f"{name}_cpu"])
-        pairs = zip(seconds["native"], seconds["direct"], strict=True)
-        row["speed_ratio"] = common.spread(native / direct for native, direct in pairs)
-        rows.append(row)
-    return rows
+def cases() -> list[tuple[str, int]]:
+    """Every (operation, bytes) that is measured."""
+    return [(operation, size) for size in SIZES_BYTES for operation in OPERATIONS]
+
+
+def row(operation: str, ranks: int, size: int, samples: Sequence[Samples]) -> common.Row:
+    """The row of a case from every rank's samples: a call takes as long as its slowest rank, the CPU time of all."""
+    found: common.Row = {"operation": operation, "ranks": ranks, "bytes": size}
+    seconds: dict[str, list[float]] = {}
+    for algorithm in samples[0]:
+        calls = list(zip(*(rank[algorithm] for rank in samples), strict=True))
+        seconds[algorithm] = [max(rank[0] for rank in call) for call in calls]
+        cpu = [sum(rank[1] for rank in call) for call in calls]
+        found[f"{algorithm}_milliseconds"] = common.spread(value * 1e3 for value in seconds[algorithm])
+        found[f"{algorithm}_cpu_milliseconds"] = common.spread(value * 1e3 for value in cpu)
+        if algorithm != "native":
+            pairs = zip(seconds["native"], seconds[algorithm], strict=True)
+            found[f"{algorithm}_speed_ratio"] = common.spread(native / other for native, other in pairs)
+    return found
 
 
 def bars(rows: Sequence[common.Row]) -> list[common.Row]:
     """The bars of `BARS`, from the rows that they speak of."""
-    ratios = {(row["operation"], row["ranks"], row["bytes"]): row["speed_ratio"]["median"] for row in rows}
+    ratios = {(each["operation"], each["ranks"], each["bytes"]): each["direct_speed_ratio"]["median"] for each in rows}
     return [
         common.bar(
             f"native / direct time, {operation}, {BAR_BYTES >> 20} MiB, {BAR_RANKS} ranks",
@@ -106,23 +111,22 @@ def main() -> int:
     if options.measure:
         print(json.dumps(measure(options.calls)), flush=True)
         return 0
+    arguments = [str(Path(__file__).resolve()), "--measure", "--calls", str(options.calls)]
     rows = []
-    for world in RANKS:
-        rounds = []
+    for ranks in RANKS:
+        measured: list[list[Samples]] = [[] for _ in range(ranks)]  # per rank, cases of one round behind the other's
         for number in range(options.rounds):
-            arguments = [str(Path(__file__).resolve()), "--measure", "--calls", str(options.calls)]
-            rounds.append(common.run_ranks(arguments, world))
-            common.say(options, f"{world} ranks: round {number} done")
-        rows += combine(world, [_joined(each) for each in zip(*rounds, strict=True)])
+            for rank, samples in enumerate(common.run_ranks(arguments, ranks)):
+                measured[rank] += samples
+            common.say(options, f"{ranks} ranks: round {number} done")
+        for place, (operation, size) in enumerate(cases()):
+            rows.append(row(operation, ranks, size, [joined(rank[place :: len(cases())]) for rank in measured]))
     return common.publish(common.report("comm", rows, bars(rows)), options)
 
 
-def _joined(rounds: Sequence[Sequence[common.Row]]) -> list[common.Row]:
-    """One rank's rounds as one, calls behind calls."""
-    return [
-        {**parts[0], **{key: list(chain.from_iterable(part[key] for part in parts)) for key in SAMPLES}}
-        for parts in zip(*rounds, strict=True)
-    ]
+def joined(rounds: Sequence[Samples]) -> Samples:
+    """The samples of several rounds as those of one."""
+    return {algorithm: [call for each in rounds for call in each[algorithm]] for algorithm in rounds[0]}
 
 
 if __name__ == "__main__":

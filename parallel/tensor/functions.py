@@ -124,9 +124,8 @@ class _CrossEntropy(torch.autograd.Function):
         here_T = (local_T >= 0) & (local_T < logits_TV.shape[1])
         local_T = local_T.masked_fill(~here_T, 0)
         probabilities_TV = torch.softmax(logits_TV, dim=1, dtype=torch.float32)
-        # The log-sum-exp follows from any entry; the largest one cannot underflow.
-        largest_T, where_T = logits_TV.max(dim=1)
-        normalizer_T = largest_T - probabilities_TV.gather(1, where_T[:, None])[:, 0].log()
+        # The log-sum-exp follows from any entry and its probability; those of the largest cannot underflow.
+        normalizer_T = logits_TV.amax(dim=1) - probabilities_TV.amax(dim=1).log()
         # One small message per rank instead of three reductions: its log-sum-exp and its target logits.
         parts = normalizer_T.new_empty((channel.size, 2, targets_T.shape[0]))
         parts[channel.index, 0] = normalizer_T
