@@ -73,7 +73,7 @@ def numbers_of(run: ResolvedRun) -> ThreeNumbers:
 def build_program(run: ResolvedRun) -> Program:
     """The program of a training step: generated, verified, and completed by the passes."""
     stages = run.layout.pipeline
-    program = registry.generate(run.config.parallel.pipeline.schedule, stages, stages, run.batch.gradient_accumulation)
+    program = registry.generate(run.config.parallel.pipeline.schedule, stages, run.batch.gradient_accumulation)
     program = pair_transfers(program)
     program = add_reduce(program, per_microbatch=numbers_of(run).grads > 1)
     program = add_update(program)

@@ -58,7 +58,7 @@ def estimate_memory(
         parameters_bytes=space.numel * compute_bytes,
         gradients_bytes=gradients * FP32_BYTES,
         optimizer_bytes=owned * FP32_BYTES * (3 if separate_master else 2),
-        activations_bytes=live * tokens * sum(activation_bytes(run, name) for name in chain),
+        activations_bytes=round(live) * tokens * sum(activation_bytes(run, name) for name in chain),
     )
 
 

@@ -31,12 +31,14 @@ class Op(StrEnum):
     SEND_I = "SEND_I"  # the input gradient of this stage goes to the stage before
     RECV_I = "RECV_I"  # the output gradient of this stage comes from the stage after
     REDUCE = "REDUCE"  # gradients summed over the data-parallel ranks
+    SYNC = "SYNC"  # reduced gradients summed over the copies of the stage on other pipeline ranks
     GATHER = "GATHER"  # parameters collected from the data-parallel ranks
     RELEASE = "RELEASE"  # collected parameters dropped
     OFFLOAD = "OFFLOAD"  # activations of a micro-batch to host memory
     RELOAD = "RELOAD"  # and back
     FETCH = "FETCH"  # optimizer state in
     UPDATE = "UPDATE"  # optimizer step
+    VALIDATE = "VALIDATE"  # the step before made its updates with what it knew; now it is known whether rightly
     FLUSH = "FLUSH"  # optimizer state out
 
 
@@ -64,12 +66,14 @@ LANE_OF: Mapping[Op, Lane] = MappingProxyType(
         Op.SEND_I: Lane.P2P,
         Op.RECV_I: Lane.P2P,
         Op.REDUCE: Lane.DP_COMM,
+        Op.SYNC: Lane.DP_COMM,
         Op.GATHER: Lane.DP_COMM,
         Op.RELEASE: Lane.DP_COMM,
         Op.OFFLOAD: Lane.D2H,
         Op.RELOAD: Lane.H2D,
         Op.FETCH: Lane.DISK,
         Op.UPDATE: Lane.COMPUTE,
+        Op.VALIDATE: Lane.HOST,
         Op.FLUSH: Lane.DISK,
     }
 )
@@ -79,7 +83,7 @@ PASS_OPS: frozenset[Op] = frozenset({Op.F, Op.B, Op.I, Op.W})
 SEND_OPS: frozenset[Op] = frozenset({Op.SEND_F, Op.SEND_I})
 TRANSFER_OPS: frozenset[Op] = SEND_OPS | {Op.RECV_F, Op.RECV_I}
 PER_MICROBATCH_OPS: frozenset[Op] = PASS_OPS | TRANSFER_OPS | {Op.OFFLOAD, Op.RELOAD}
-STEP_OPS: frozenset[Op] = frozenset({Op.FETCH, Op.UPDATE, Op.FLUSH})  # never of one micro-batch
+STEP_OPS: frozenset[Op] = frozenset({Op.SYNC, Op.FETCH, Op.UPDATE, Op.VALIDATE, Op.FLUSH})  # never of one micro-batch
 
 _NUMBER = "0|[1-9][0-9]*"  # no leading zeros: the text form has one spelling
 _TEXT = re.compile(rf"({_NUMBER})([A-Z]+(?:_[A-Z]+)?)({_NUMBER})?")

@@ -1,4 +1,4 @@
-"""How long actions take, in seconds.
+"""How long actions take, in seconds, and what activations weigh.
 
 A transfer is charged once, to its receive. Anything not named here takes no time.
 """
@@ -24,6 +24,13 @@ class Costs:
         transfer_seconds: from the end of a send's producer to the arrival at the other rank.
         reduce_seconds: REDUCE.
         update_seconds: UPDATE.
+        offload_seconds: OFFLOAD, one number or one a stage.
+        reload_seconds: RELOAD, likewise.
+        gather_seconds: GATHER.
+        sync_seconds: SYNC.
+        activation: what a forward keeps for its backward, one number or one a stage; in any one unit, such as
+            bytes. The default counts activations.
+        weight_activation: what is left of it between I and W, likewise; None: all of it.
 
     Raises:
         ValueError: a negative, infinite or missing number.
@@ -35,20 +42,37 @@ class Costs:
     transfer_seconds: float = 0.0
     reduce_seconds: float = 0.0
     update_seconds: float = 0.0
+    offload_seconds: PerStage = 0.0
+    reload_seconds: PerStage = 0.0
+    gather_seconds: float = 0.0
+    sync_seconds: float = 0.0
+    activation: PerStage = 1.0
+    weight_activation: PerStage | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None:
+                continue
             numbers = value if isinstance(value, tuple) else (value,)
             if not numbers or not all(math.isfinite(number) and number >= 0 for number in numbers):
                 raise ValueError(f"costs: {field.name}={value} must be finite and not negative")
 
     def require_stages(self, stages: int) -> None:
-        """Raise a ValueError unless every cost given a stage is given for all of `stages` stages."""
+        """Raise a ValueError unless every cost given a stage is given for all of `stages` stages of the model."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple) and len(value) != stages:
-                raise ValueError(f"costs: {field.name} lists {len(value)} stages, the program has {stages}")
+                raise ValueError(f"costs: {field.name} lists {len(value)} stages, the model has {stages}")
+
+    def activation_of(self, stage: int) -> float:
+        """What a forward of the stage keeps."""
+        return _of_stage(self.activation, stage)
+
+    def weight_activation_of(self, stage: int) -> float:
+        """What of that is left between I and W."""
+        kept = self.activation if self.weight_activation is None else self.weight_activation
+        return _of_stage(kept, stage)
 
     def seconds(self, action: Action) -> float:
         """How long the action occupies its lane."""
@@ -69,9 +93,18 @@ class Costs:
                 return self.reduce_seconds
             case Op.UPDATE:
                 return self.update_seconds
+            case Op.OFFLOAD:
+                return _of_stage(self.offload_seconds, action.stage)
+            case Op.RELOAD:
+                return _of_stage(self.reload_seconds, action.stage)
+            case Op.GATHER:
+                return self.gather_seconds
+            case Op.SYNC:
+                return self.sync_seconds
             case _:
                 return 0.0
 
 
 def _of_stage(value: PerStage, stage: int) -> float:
-    return value[stage] if isinstance(value, tuple) else value
+    # Copies of a model (a bidirectional schedule) cost the same: the stages of one are given.
+    return value[stage % len(value)] if isinstance(value, tuple) else value

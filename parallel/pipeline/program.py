@@ -16,6 +16,10 @@ The CSV form has one row a rank and one action a cell, below three comment lines
 The comments may be left out: micro-batches and stages are then counted, and a stage is placed on the first
 rank that lists it. A cell may be empty (other tools draw idle slots so); a rank without actions is a row
 holding `-`.
+
+Most programs hold the model once. A bidirectional schedule holds it several times: with `replicas` copies,
+stage s of copy r is number r * depth + s, where depth = stages / replicas, and each copy works on an equal,
+contiguous share of the micro-batches. A fourth comment line, `# replicas:`, says so.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from functools import cached_property
 from parallel.pipeline.actions import TRANSFER_OPS, Action, Op
 
 _IDLE = "-"
-_HEADER = ("name", "microbatches", "placement")
+_HEADER = ("name", "microbatches", "placement", "replicas")
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,11 @@ class Program:
     Attributes:
         name: one printable line, mostly the schedule's name.
         ranks: number of pipeline ranks.
-        stages: number of pipeline stages.
+        stages: number of pipeline stages, those of all copies of the model together.
         microbatches: micro-batches per step.
         placement: the rank of each stage, `stages` long.
         actions: one ordered list a rank, `ranks` long.
+        replicas: how often the model is there.
 
     Raises:
         ValueError: counts, lengths, a stage or a micro-batch out of range.
@@ -52,13 +57,20 @@ class Program:
     microbatches: int
     placement: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         if not self.name or self.name != self.name.strip() or not self.name.isprintable():
             raise ValueError(f"program name {self.name!r} must be one printable line without space around it")
-        for field in ("ranks", "stages", "microbatches"):
+        for field in ("ranks", "stages", "microbatches", "replicas"):
             if getattr(self, field) < 1:
                 raise ValueError(f"program {self.name!r}: {field}={getattr(self, field)} must be at least 1")
+        for field in ("stages", "microbatches"):
+            if getattr(self, field) % self.replicas:
+                raise ValueError(
+                    f"program {self.name!r}: {field}={getattr(self, field)} must be divisible by "
+                    f"replicas={self.replicas}"
+                )
         if len(self.placement) != self.stages:
             raise ValueError(
                 f"program {self.name!r}: placement {self.placement} must give a rank to each of "
@@ -97,6 +109,11 @@ class Program:
         return frozenset(action for listed in self.actions for action in listed)
 
     @cached_property
+    def keys(self) -> frozenset[tuple[Op, int, int | None]]:
+        """(op, stage, micro-batch) of every action that any rank lists."""
+        return frozenset((action.op, action.stage, action.microbatch) for listed in self.actions for action in listed)
+
+    @cached_property
     def by_stage(self) -> Mapping[tuple[Op, int], tuple[Action, ...]]:
         """The listed actions of each (op, stage) that has any, without repetition."""
         found: dict[tuple[Op, int], dict[Action, None]] = {}
@@ -117,9 +134,47 @@ class Program:
 
     @cached_property
     def crossings(self) -> tuple[bool, ...]:
-        """For each stage, whether its output goes to another rank; false for the last stage."""
-        hops = zip(self.placement, self.placement[1:], strict=False)
-        return (*(rank != following for rank, following in hops), False)
+        """For each stage, whether its output goes to another rank; false for a last stage."""
+        following = map(self.after, range(self.stages))
+        return tuple(
+            after is not None and rank != self.placement[after]
+            for rank, after in zip(self.placement, following, strict=True)
+        )
+
+    @cached_property
+    def depth(self) -> int:
+        """Stages of one copy of the model."""
+        return self.stages // self.replicas
+
+    def part_of(self, stage: int) -> int:
+        """Which part of the model a stage holds, counted from 0."""
+        return stage % self.depth
+
+    def before(self, stage: int) -> int | None:
+        """The stage that feeds a stage; None at the start of the model."""
+        return stage - 1 if stage % self.depth else None
+
+    def after(self, stage: int) -> int | None:
+        """The stage that a stage feeds; None at the end of the model."""
+        return stage + 1 if (stage + 1) % self.depth else None
+
+    def twins_of(self, stage: int) -> tuple[int, ...]:
+        """The stages of the other copies that hold the same part of the model, ascending."""
+        return tuple(twin for twin in range(stage % self.depth, self.stages, self.depth) if twin != stage)
+
+    def replica_of(self, microbatch: int) -> int:
+        """The copy of the model that works on a micro-batch."""
+        return microbatch * self.replicas // self.microbatches
+
+    def microbatches_of(self, stage: int) -> range:
+        """The micro-batches that pass through a stage."""
+        share = self.microbatches // self.replicas
+        first = stage // self.depth * share
+        return range(first, first + share)
+
+    def passes_through(self, stage: int, microbatch: int) -> bool:
+        """Whether a micro-batch passes through a stage."""
+        return stage // self.depth == self.replica_of(microbatch)
 
     def rank_of(self, stage: int) -> int:
         """The rank that runs a stage."""
@@ -135,8 +190,9 @@ class Program:
 
     def to_csv(self) -> str:
         """The text form; `Program.from_csv` gives the same program back."""
-        header = (self.name, str(self.microbatches), " ".join(str(rank) for rank in self.placement))
-        lines = [f"# {key}: {value}" for key, value in zip(_HEADER, header, strict=True)]
+        header = [self.name, str(self.microbatches), " ".join(str(rank) for rank in self.placement)]
+        header += [str(self.replicas)] if self.replicas > 1 else []
+        lines = [f"# {key}: {value}" for key, value in zip(_HEADER, header, strict=False)]
         lines += [",".join(str(action) for action in listed) or _IDLE for listed in self.actions]
         return "\n".join(lines) + "\n"
 
@@ -160,7 +216,8 @@ class Program:
             raise ValueError("the CSV text has no rows; write one row a rank, for example 0F0,0B0")
         actions = tuple(_read_row(rank, row) for rank, row in enumerate(rows))
         if microbatches is None:
-            microbatches = _microbatches(header, actions)
+            counted = 1 + max((action.microbatch or 0 for listed in actions for action in listed), default=0)
+            microbatches = _number(header, "microbatches", counted)
         if placement is None:
             placement = _placement(header, actions)
         return cls(
@@ -170,6 +227,7 @@ class Program:
             microbatches=microbatches,
             placement=tuple(placement),
             actions=actions,
+            replicas=_number(header, "replicas", 1),
         )
 
 
@@ -216,14 +274,14 @@ def _integers(key: str, value: str) -> list[int]:
     return [int(number) for number in numbers]
 
 
-def _microbatches(header: Mapping[str, str], actions: Sequence[Sequence[Action]]) -> int:
-    """As the comment says, or as many as the actions name."""
-    if "microbatches" in header:
-        numbers = _integers("microbatches", header["microbatches"])
-        if len(numbers) > 1:
-            raise ValueError(f"the comment '# microbatches: {header['microbatches']}' must hold one number")
-        return numbers[0]
-    return 1 + max((action.microbatch or 0 for listed in actions for action in listed), default=0)
+def _number(header: Mapping[str, str], key: str, default: int) -> int:
+    """As the comment says, if there is one."""
+    if key not in header:
+        return default
+    numbers = _integers(key, header[key])
+    if len(numbers) > 1:
+        raise ValueError(f"the comment '# {key}: {header[key]}' must hold one number")
+    return numbers[0]
 
 
 def _placement(header: Mapping[str, str], actions: Sequence[Sequence[Action]]) -> list[int]:

@@ -45,6 +45,8 @@ class At(Enum):
     OWN_FED_BEFORE = auto()  # the same stage, where a transfer brings the output of the stage before
     OWN_FED_AFTER = auto()  # the same stage, where a transfer brings the gradient of the stage after
     RANK = auto()  # every stage of the same rank
+    RANK_AFTER = auto()  # every stage of the rank after
+    TWINS = auto()  # the stages of other copies of the model that hold the same part
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,14 @@ class Rule:
         reason: why, in words that complete "waits until ...".
         at: at which stages.
         if_listed: wait for all of `needs` that the program lists, and demand none.
+        once: what is waited for is listed once for all micro-batches.
     """
 
     needs: tuple[Op, ...]
     reason: str
     at: At = At.OWN
     if_listed: bool = False
+    once: bool = False
 
 
 _BACKWARD = (
@@ -70,6 +74,8 @@ _BACKWARD = (
     Rule((Op.RECV_I,), "its output gradient has arrived", At.OWN_FED_AFTER),
     Rule((Op.B, Op.I), "the stage after has its input gradient", At.AFTER_DIRECT),
     Rule((Op.RELOAD,), "its activations are back on the device", if_listed=True),
+    # A backward overwrites the gradients that a wrong update would have to be made again with.
+    Rule((Op.VALIDATE,), "the weights are known to be right", At.RANK, if_listed=True, once=True),
 )
 
 # An action of one micro-batch waits for actions of that micro-batch, a step-level one for those of all.
@@ -87,12 +93,20 @@ RULES: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
         Op.SEND_I: (Rule((Op.B, Op.I), "the input gradient exists"),),
         Op.RECV_I: (Rule((Op.SEND_I,), "the stage after has sent", At.AFTER),),
         Op.REDUCE: (Rule((Op.B, Op.W), "the gradient is complete"),),
+        Op.SYNC: (
+            Rule((Op.B, Op.W), "the gradient is complete"),
+            Rule((Op.B, Op.W), "the gradient of the other copy is complete", At.TWINS),
+            Rule((Op.REDUCE,), "the gradient is reduced", if_listed=True),
+            Rule((Op.REDUCE,), "the gradient of the other copy is reduced", At.TWINS, if_listed=True),
+        ),
         # Clipping scales by the norm over all gradients of the model: no update before that is known.
         Op.UPDATE: (
             Rule((Op.B, Op.W), "the norm needs every gradient of the rank", At.RANK),
             Rule((Op.REDUCE,), "the norm needs every gradient of the rank reduced", At.RANK, if_listed=True),
+            Rule((Op.SYNC,), "the norm needs every gradient of the rank whole", At.RANK, if_listed=True),
             Rule((Op.FETCH,), "the optimizer state is here", if_listed=True),
         ),
+        Op.VALIDATE: (Rule((Op.VALIDATE,), "the rank after knows the whole norm", At.RANK_AFTER, if_listed=True),),
         # Without an UPDATE before it, a GATHER collects weights that are as they were; nothing is waited for.
         Op.GATHER: (Rule((Op.UPDATE,), "the weights are updated", if_listed=True),),
         Op.RELEASE: (Rule((Op.F, Op.B, Op.I, Op.W), "the weights are no longer read", if_listed=True),),
@@ -104,24 +118,63 @@ RULES: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
 )
 
 
+class Source(NamedTuple):
+    """A rule as it applies to one op of one stage: where what it needs is listed."""
+
+    rank: int
+    stage: int
+    rule: Rule
+
+
+def sources(op: Op, stage: int, program: Program) -> tuple[Source, ...]:
+    """What every action of `op` on `stage` waits for, whatever its micro-batch."""
+    found: list[Source] = []
+    for rule in RULES[op]:
+        if rule.if_listed and program.ops.isdisjoint(rule.needs):
+            continue
+        found += [Source(program.placement[at], at, rule) for at in _stages(rule.at, stage, program)]
+    return tuple(found)
+
+
+def needed(source: Source, microbatch: int | None, program: Program) -> Iterator[tuple[Op, int | None]]:
+    """The (op, micro-batch) pairs on `source.stage` that an action of `microbatch` waits for.
+
+    A pair may name an action that the program does not list: then the action can never run.
+    """
+    rule, stage, listed = source.rule, source.stage, program.keys
+    if rule.if_listed:
+        for op in rule.needs:
+            if microbatch is None:
+                yield from ((op, each.microbatch) for each in program.by_stage.get((op, stage), ()))
+            else:
+                key = op, None if rule.once else microbatch
+                if (op, stage, key[1]) in listed:
+                    yield key
+        return
+    # For each micro-batch, the first of the rule's ops that the program lists, or the first of all.
+    for each in program.microbatches_of(stage) if microbatch is None else (microbatch,):
+        first = rule.needs[0]
+        if len(rule.needs) > 1 and (first, stage, each) not in listed:
+            first = next((op for op in rule.needs[1:] if (op, stage, each) in listed), first)
+        yield first, each
+
+
 def prerequisites(action: Action, program: Program) -> tuple[Requirement, ...]:
     """What the action waits for beyond its turn on its lane; each requirement on the rank of its stage.
 
     A requirement may name an action that the program does not list: then the action can never run.
     """
-    found: list[Requirement] = []
-    for rule in RULES[action.op]:
-        for stage in _stages(rule.at, action.stage, program):
-            rank = program.placement[stage]
-            wanted = (_if_listed if rule.if_listed else _demanded)(rule, stage, action, program)
-            found += [Requirement(rank, needed, rule.reason) for needed in wanted]
-    return tuple(found)
+    return tuple(
+        Requirement(source.rank, Action(op, source.stage, microbatch), source.rule.reason)
+        for source in sources(action.op, action.stage, program)
+        for op, microbatch in needed(source, action.microbatch, program)
+    )
 
 
 def receive_of(send: Action, program: Program) -> Requirement | None:
     """The receive that a send meets, on its rank; None at the end of the pipeline, where nothing is met."""
-    stage = send.stage + (1 if send.op is Op.SEND_F else -1)
-    if not 0 <= stage < program.stages:
+    stage = program.after(send.stage) if send.op is Op.SEND_F else program.before(send.stage)
+    if stage is None:
         return None
     op = Op.RECV_F if send.op is Op.SEND_F else Op.RECV_I
     return Requirement(program.placement[stage], Action(op, stage, send.microbatch), "the receiver is ready")
@@ -133,9 +186,13 @@ def _stages(at: At, stage: int, program: Program) -> tuple[int, ...]:
         return (stage,)
     if at is At.RANK:
         return program.stages_of(program.placement[stage])
+    if at is At.RANK_AFTER:
+        return program.stages_of(program.placement[stage] + 1)
+    if at is At.TWINS:
+        return program.twins_of(stage)
     before = at in (At.BEFORE, At.BEFORE_DIRECT, At.OWN_FED_BEFORE)
-    neighbour = stage - 1 if before else stage + 1
-    if not 0 <= neighbour < program.stages:
+    neighbour = program.before(stage) if before else program.after(stage)
+    if neighbour is None:
         return ()
     if at in (At.BEFORE, At.AFTER):
         return (neighbour,)
@@ -143,23 +200,3 @@ def _stages(at: At, stage: int, program: Program) -> tuple[int, ...]:
     if at in (At.BEFORE_DIRECT, At.AFTER_DIRECT):
         return () if transferred else (neighbour,)
     return (stage,) if transferred else ()
-
-
-def _demanded(rule: Rule, stage: int, action: Action, program: Program) -> Iterator[Action]:
-    """For each micro-batch, the first of the rule's ops that the program lists, or the first of all."""
-    every = action.microbatch is None
-    for microbatch in range(program.microbatches) if every else (action.microbatch,):
-        first = Action(rule.needs[0], stage, microbatch)
-        if len(rule.needs) > 1 and first not in program.listed:
-            others = (Action(op, stage, microbatch) for op in rule.needs[1:])
-            yield next((other for other in others if other in program.listed), first)
-        else:
-            yield first
-
-
-def _if_listed(rule: Rule, stage: int, action: Action, program: Program) -> Iterator[Action]:
-    """All of the rule's ops that the program lists: of the action's micro-batch, if it names one."""
-    for op in rule.needs:
-        for needed in program.by_stage.get((op, stage), ()):
-            if action.microbatch in (None, needed.microbatch):
-                yield needed

@@ -12,20 +12,24 @@ What a transfer does to its lane is a choice (`Sends`):
 - `buffered`: a send leaves at once, a receive holds the lane until its data is there.
 - `rendezvous`: a send also holds its lane until the other rank has come to the matching receive, as on one
   communication stream a pair of ranks. What runs so, runs on every back end.
+- `blocking`: transfers have no lane of their own. A send holds the compute lane for `transfer_seconds`, a
+  receive until its data is there: communication without any overlap. Receives must be listed late
+  (`pair_transfers(..., late=True)`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
-from parallel.pipeline.actions import LANE_OF, PASS_OPS, SEND_OPS, Action, Lane, Op
+from parallel.pipeline.actions import LANE_OF, PASS_OPS, SEND_OPS, TRANSFER_OPS, Action, Lane, Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
-from parallel.pipeline.rules import Requirement, prerequisites, receive_of
+from parallel.pipeline.rules import Requirement, Source, needed, prerequisites, receive_of, sources
 
 
 class Sends(StrEnum):
@@ -34,6 +38,7 @@ class Sends(StrEnum):
     LATENCY = "latency"
     BUFFERED = "buffered"
     RENDEZVOUS = "rendezvous"
+    BLOCKING = "blocking"
 
 
 class Span(NamedTuple):
@@ -66,12 +71,14 @@ class Timeline:
 
     Attributes:
         program: what ran.
+        costs: how long its actions took.
         spans: for each rank, its actions that ran, in the order in which the rank lists them.
         order: the same spans in one order in which a single process could run everything.
         blocked: the stuck lanes, empty if the program ran to its end.
     """
 
     program: Program
+    costs: Costs
     spans: tuple[tuple[Span, ...], ...]
     order: tuple[Span, ...]
     blocked: tuple[Blocked, ...]
@@ -84,7 +91,7 @@ class Timeline:
 
     def busy_seconds(self, rank: int) -> float:
         """How long the rank works on F, B, I and W."""
-        return sum(span.end - span.start for span in self.spans[rank] if span.action.op in PASS_OPS)
+        return math.fsum(span.end - span.start for span in self.spans[rank] if span.action.op in PASS_OPS)
 
     def span_seconds(self, rank: int) -> float:
         """From the start of the rank's first F, B, I or W to the end of its last; 0 if it has none."""
@@ -99,10 +106,37 @@ class Timeline:
         span = self.span_seconds(longest)
         return (span - self.busy_seconds(longest)) / span if span else 0.0
 
+    def memory(self, rank: int) -> list[tuple[float, float]]:
+        """Activations alive on a rank over time: (seconds, what is held from then on), in the unit of the costs.
+
+        An activation is there from the start of its F to the end of its B or W (between I and W only what W
+        reads), and not between the end of its OFFLOAD and the start of its RELOAD.
+        """
+        changes: list[tuple[float, float]] = []
+        for span in self.spans[rank]:
+            whole = self.costs.activation_of(span.action.stage)
+            kept = self.costs.weight_activation_of(span.action.stage)
+            match span.action.op:
+                case Op.F | Op.RELOAD:
+                    changes.append((span.start, whole))
+                case Op.B | Op.OFFLOAD:
+                    changes.append((span.end, -whole))
+                case Op.I:
+                    changes.append((span.end, kept - whole))
+                case Op.W:
+                    changes.append((span.end, -kept))
+        changes.sort()  # at one moment, what goes makes room for what comes
+        held, steps = 0.0, []
+        for seconds, change in changes:
+            held += change
+            steps.append((seconds, held))
+        return steps
+
     @cached_property
-    def peak_activations(self) -> tuple[int, ...]:
-        """For each rank, the most (stage, micro-batch) activations alive at a time."""
-        return tuple(peak_activations(self.program, rank)[0] for rank in range(self.program.ranks))
+    def peak_activations(self) -> tuple[float, ...]:
+        """For each rank, the most that is alive at a time, in the unit of `costs.activation` (default: a count)."""
+        peaks = (max((held for _, held in self.memory(rank)), default=0.0) for rank in range(self.program.ranks))
+        return tuple(round(peak, 9) for peak in peaks)
 
     def _require_end(self) -> None:
         if self.blocked:
@@ -116,26 +150,34 @@ def simulate(program: Program, costs: Costs | None = None, *, sends: Sends = Sen
         ValueError: per-stage costs for another number of stages.
     """
     costs = costs or Costs()
-    costs.require_stages(program.stages)
+    costs.require_stages(program.depth)
     return _Run(program, costs, Sends(sends)).timeline()
 
 
-def peak_activations(program: Program, rank: int) -> tuple[int, Action | None]:
+def peak_activations(
+    program: Program, rank: int, costs: Costs | None = None
+) -> tuple[float, Action | None]:
     """The most activations alive on a rank at a time, and the forward that first reaches that many.
 
-    One activation is that of one micro-batch on one stage. It lives from its F to its B, or to its W where
-    the backward is split: W reads the layer inputs. The order of the compute lane alone decides.
+    One activation is that of one micro-batch on one stage, of the weight that `costs` give it (default: 1). It
+    lives from its F to its B, or to its W where the backward is split: W reads the layer inputs. The order of
+    the compute lane alone decides; activations that are offloaded count as alive.
     """
-    alive = peak = 0
+    costs = costs or Costs()
+    alive = peak = 0.0
     at: Action | None = None
     for action in program.actions[rank]:
         if action.op is Op.F:
-            alive += 1
-        elif action.op in (Op.B, Op.W):
-            alive -= 1
+            alive += costs.activation_of(action.stage)
+        elif action.op is Op.B:
+            alive -= costs.activation_of(action.stage)
+        elif action.op is Op.I:
+            alive -= costs.activation_of(action.stage) - costs.weight_activation_of(action.stage)
+        elif action.op is Op.W:
+            alive -= costs.weight_activation_of(action.stage)
         if alive > peak:
             peak, at = alive, action
-    return peak, at
+    return round(peak, 9), at
 
 
 class _Run:
@@ -147,13 +189,16 @@ class _Run:
         self.sends = sends
         self.actions = [action for listed in program.actions for action in listed]
         self.ranks = [rank for rank, listed in enumerate(program.actions) for _ in listed]
+        self.lane_of = dict(LANE_OF)
+        if sends is Sends.BLOCKING:
+            self.lane_of |= dict.fromkeys(TRANSFER_OPS, Lane.COMPUTE)
         # Where a requirement is met: at the first listing by its rank.
-        self.first: list[dict[Action, int]] = [{} for _ in range(program.ranks)]
+        self.first: list[dict[tuple[Op, int, int | None], int]] = [{} for _ in range(program.ranks)]
         self.behind: list[int | None] = []  # the action before it on its lane
         last: dict[tuple[int, Lane], int] = {}
         for number, (rank, action) in enumerate(zip(self.ranks, self.actions, strict=True)):
-            self.first[rank].setdefault(action, number)
-            lane = (rank, LANE_OF[action.op])
+            self.first[rank].setdefault((action.op, action.stage, action.microbatch), number)
+            lane = (rank, self.lane_of[action.op])
             self.behind.append(last.get(lane))
             last[lane] = number
         self.waiting = [0] * len(self.actions)  # for how many edges; -1 once it has run
@@ -168,10 +213,11 @@ class _Run:
         ran: dict[int, Span] = {}
         for number in sorted(order):
             rank, action = self.ranks[number], self.actions[number]
-            ran[number] = Span(rank, action, LANE_OF[action.op], self.start[number], self.end[number])
+            ran[number] = Span(rank, action, self.lane_of[action.op], self.start[number], self.end[number])
             spans[rank].append(ran[number])
         return Timeline(
             program=self.program,
+            costs=self.costs,
             spans=tuple(map(tuple, spans)),
             order=tuple(ran[number] for number in order),
             blocked=self._blocked(),
@@ -179,19 +225,31 @@ class _Run:
 
     def _connect(self) -> None:
         """Edges: lane order, the rules, and the meeting of sends and receives."""
+        program, rendezvous = self.program, self.sends is Sends.RENDEZVOUS
+        compiled: dict[tuple[Op, int, int], Sequence[tuple[Source, float]]] = {}
         for number, action in enumerate(self.actions):
+            op, stage, microbatch = action.op, action.stage, action.microbatch
             before = self.behind[number]
             if before is not None:
-                untimed = self.sends is Sends.LATENCY and action.lane is Lane.P2P
+                untimed = self.sends is Sends.LATENCY and self.lane_of[op] is Lane.P2P
                 self._edge(before, number, -math.inf if untimed else 0.0)
-            for requirement in prerequisites(action, self.program):
-                needed = self.first[requirement.rank].get(requirement.action)
-                self._edge(needed, number, self._delay(requirement, number))
-            if (meeting := self._meeting(action)) is not None:
-                receive = self.first[meeting.rank].get(meeting.action)
+            key = (op, stage, self.ranks[number])
+            if key not in compiled:
+                found = sources(op, stage, program)
+                compiled[key] = [(source, self._delay(source, number)) for source in found]
+            for source, delay in compiled[key]:
+                first = self.first[source.rank]
+                for wanted, of in needed(source, microbatch, program):
+                    self._edge(first.get((wanted, source.stage, of)), number, delay)
+            if rendezvous and op in SEND_OPS and (meeting := receive_of(action, program)) is not None:
+                receive = self._number(meeting)
                 ahead = None if receive is None else self.behind[receive]
                 if receive is None or ahead is not None:
                     self._edge(ahead, number, 0.0)
+
+    def _number(self, requirement: Requirement) -> int | None:
+        action = requirement.action
+        return self.first[requirement.rank].get((action.op, action.stage, action.microbatch))
 
     def _edge(self, before: int | None, after: int, delay: float) -> None:
         """`after` starts `delay` after the end of `before` at the earliest; never, if nothing is before."""
@@ -199,42 +257,47 @@ class _Run:
         if before is not None:
             self.followers[before].append((after, delay))
 
-    def _delay(self, requirement: Requirement, number: int) -> float:
+    def _delay(self, source: Source, number: int) -> float:
         """Seconds between the end of what is waited for and the earliest start."""
-        if requirement.action.op in PASS_OPS:
+        needs = source.rule.needs[0]
+        if needs in PASS_OPS:
             # A pass that waits for one of another rank: a transfer that has not been placed as actions yet.
-            apart = requirement.rank != self.ranks[number] and self.actions[number].op in PASS_OPS
+            apart = source.rank != self.ranks[number] and self.actions[number].op in PASS_OPS
             return self.costs.transfer_seconds if apart else 0.0
-        meets = self.sends is Sends.RENDEZVOUS and requirement.action.op in SEND_OPS
+        meets = self.sends is Sends.RENDEZVOUS and needs in SEND_OPS
         return -self.costs.transfer_seconds if meets else 0.0  # a send and its receive are one event
 
-    def _meeting(self, action: Action) -> Requirement | None:
-        """The receive that a send has to meet."""
-        meets = self.sends is Sends.RENDEZVOUS and action.op in SEND_OPS
-        return receive_of(action, self.program) if meets else None
-
     def _seconds(self, action: Action) -> float:
-        if self.sends is Sends.RENDEZVOUS and action.op in SEND_OPS:
+        if action.op in SEND_OPS and self.sends in (Sends.RENDEZVOUS, Sends.BLOCKING):
             return self.costs.transfer_seconds
+        if action.op in TRANSFER_OPS and self.sends is Sends.BLOCKING:
+            return 0.0  # the wait for the send is all
         return self.costs.seconds(action)
 
     def _pass(self) -> list[int]:
         """Start and end of every action that can run, and the order in which they were found."""
+        seconds: dict[tuple[Op, int], float] = {}
         order = [number for number, waiting in enumerate(self.waiting) if not waiting]
+        start, ended, waits = self.start, self.end, self.waiting
         for number in order:  # grows on the way; first come, first served: what depends on less comes first
-            self.waiting[number] = -1
-            end = self.end[number] = self.start[number] + self._seconds(self.actions[number])
+            waits[number] = -1
+            action = self.actions[number]
+            taken = seconds.get((action.op, action.stage))
+            if taken is None:
+                taken = seconds[action.op, action.stage] = self._seconds(action)
+            end = ended[number] = start[number] + taken
             for after, delay in self.followers[number]:
-                self.start[after] = max(self.start[after], end + delay)
-                self.waiting[after] -= 1
-                if not self.waiting[after]:
+                if end + delay > start[after]:
+                    start[after] = end + delay
+                waits[after] -= 1
+                if not waits[after]:
                     order.append(after)
         return order
 
     def _blocked(self) -> tuple[Blocked, ...]:
         """The first action of each lane that did not run; everything behind it waits for its turn."""
         return tuple(
-            Blocked(self.ranks[number], action.lane, action, self._unmet(action))
+            Blocked(self.ranks[number], self.lane_of[action.op], action, self._unmet(action))
             for number, action in enumerate(self.actions)
             if not self._ran(number) and ((before := self.behind[number]) is None or self._ran(before))
         )
@@ -243,13 +306,14 @@ class _Run:
         """What keeps the head of a stuck lane from running."""
         unmet: list[Requirement] = []
         for requirement in prerequisites(action, self.program):
-            needed = self.first[requirement.rank].get(requirement.action)
-            if needed is None:
+            number = self._number(requirement)
+            if number is None:
                 unmet.append(_because(requirement, f"rank {requirement.rank} does not list it"))
-            elif not self._ran(needed):
+            elif not self._ran(number):
                 unmet.append(requirement)
-        if (meeting := self._meeting(action)) is not None:
-            receive = self.first[meeting.rank].get(meeting.action)
+        meets = self.sends is Sends.RENDEZVOUS and action.op in SEND_OPS
+        if meets and (meeting := receive_of(action, self.program)) is not None:
+            receive = self._number(meeting)
             if receive is None:
                 unmet.append(_because(meeting, f"rank {meeting.rank} does not list it"))
             elif (ahead := self.behind[receive]) is not None and not self._ran(ahead):

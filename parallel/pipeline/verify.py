@@ -14,6 +14,7 @@ from enum import StrEnum
 from itertools import product
 
 from parallel.pipeline.actions import TRANSFER_OPS, Action, Op
+from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
 from parallel.pipeline.render import render_grid
 from parallel.pipeline.simulate import Sends, peak_activations, simulate
@@ -54,13 +55,18 @@ class ProgramError(ValueError):
 
 
 def verify(
-    program: Program, memory_limit: int | None = None, *, sends: Sends | str = Sends.RENDEZVOUS
+    program: Program,
+    memory_limit: float | None = None,
+    *,
+    costs: Costs | None = None,
+    sends: Sends | str = Sends.RENDEZVOUS,
 ) -> list[Violation]:
     """All violations of a program; an empty list means that it may run.
 
     Args:
         program: with or without transfers; those are checked as soon as there is one.
-        memory_limit: the most (stage, micro-batch) activations that may be alive on a rank.
+        memory_limit: the most activations that may be alive on a rank, in the unit of `costs.activation`.
+        costs: what activations weigh; None: one each, to their B or W.
         sends: how transfers hold their lane in the search for deadlocks, "buffered" or "rendezvous". A
             program without deadlock under "rendezvous" has none under "buffered" either.
     """
@@ -70,17 +76,22 @@ def verify(
         *_passes(program),
         *_transfers(program),
         *_reductions(program),
+        *_syncs(program),
         *_updates(program),
         *_deadlocks(program, Sends(sends)),
-        *_memory(program, memory_limit),
+        *_memory(program, memory_limit, costs),
     ]
 
 
 def check(
-    program: Program, memory_limit: int | None = None, *, sends: Sends | str = Sends.RENDEZVOUS
+    program: Program,
+    memory_limit: float | None = None,
+    *,
+    costs: Costs | None = None,
+    sends: Sends | str = Sends.RENDEZVOUS,
 ) -> None:
     """Raise a ProgramError unless the program may run; arguments as for `verify`."""
-    violations = verify(program, memory_limit, sends=sends)
+    violations = verify(program, memory_limit, costs=costs, sends=sends)
     if not violations:
         return
     marked = {(violation.rank, violation.action) for violation in violations}
@@ -94,6 +105,12 @@ def check(
 def _misplaced(program: Program) -> Iterator[Violation]:
     for rank, listed in enumerate(program.actions):
         for action in listed:
+            if action.microbatch is not None and not program.passes_through(action.stage, action.microbatch):
+                message = (
+                    f"{action} is listed on rank {rank}, micro-batch {action.microbatch} passes through copy "
+                    f"{program.replica_of(action.microbatch)} of the model, stage {action.stage} is of another"
+                )
+                yield Violation(Fault.CONFLICT, rank, action, message)
             owner = program.rank_of(action.stage)
             if owner != rank:
                 message = f"{action} is listed on rank {rank}, stage {action.stage} is on rank {owner}"
@@ -113,6 +130,8 @@ def _duplicates(program: Program) -> Iterator[Violation]:
 def _passes(program: Program) -> Iterator[Violation]:
     """One F and one of {B} or {I, W}."""
     for stage, microbatch in product(range(program.stages), range(program.microbatches)):
+        if not program.passes_through(stage, microbatch):
+            continue
         rank = program.rank_of(stage)
         forward, full, inputs, weights = (Action(op, stage, microbatch) for op in (Op.F, Op.B, Op.I, Op.W))
         has_full, has_inputs, has_weights = (action in program.listed for action in (full, inputs, weights))
@@ -140,6 +159,8 @@ def _transfers(program: Program) -> Iterator[Violation]:
     asked: dict[Action, Action] = {}  # each with its other half
     boundaries = [stage for stage, crosses in enumerate(program.crossings) if crosses]
     for stage, microbatch in product(boundaries, range(program.microbatches)):
+        if not program.passes_through(stage, microbatch):
+            continue
         for send, receive in (
             (Action(Op.SEND_F, stage, microbatch), Action(Op.RECV_F, stage + 1, microbatch)),
             (Action(Op.SEND_I, stage + 1, microbatch), Action(Op.RECV_I, stage, microbatch)),
@@ -167,7 +188,7 @@ def _reductions(program: Program) -> Iterator[Violation]:
     for stage in range(program.stages):
         rank = program.rank_of(stage)
         step = Action(Op.REDUCE, stage)
-        single = [Action(Op.REDUCE, stage, microbatch) for microbatch in range(program.microbatches)]
+        single = [Action(Op.REDUCE, stage, microbatch) for microbatch in program.microbatches_of(stage)]
         listed = [action for action in single if action in program.listed]
         if step in program.listed:
             for action in listed:
@@ -180,6 +201,35 @@ def _reductions(program: Program) -> Iterator[Violation]:
             for action in sorted(set(single) - set(listed)):
                 message = f"{action} is missing on rank {rank}, other micro-batches of the stage are reduced"
                 yield Violation(Fault.MISSING, rank, action, message)
+
+
+def _syncs(program: Program) -> Iterator[Violation]:
+    """Copies of a stage are synchronized once each, and two ranks meet in the same order."""
+    if Op.SYNC not in program.ops:
+        return
+    for stage in range(program.stages):
+        rank, action = program.rank_of(stage), Action(Op.SYNC, stage)
+        if not program.twins_of(stage) and action in program.listed:
+            message = f"{action} on rank {rank} has nothing to meet: there is no other copy of stage {stage}"
+            yield Violation(Fault.UNPAIRED, rank, action, message)
+        if program.twins_of(stage) and action not in program.listed:
+            message = f"{action} is missing on rank {rank}, other stages have theirs"
+            yield Violation(Fault.MISSING, rank, action, message)
+    met: dict[tuple[int, int], list[tuple[int, Action]]] = {}
+    for rank, listed in enumerate(program.actions):
+        for action in listed:
+            if action.op is Op.SYNC:
+                for twin in program.twins_of(action.stage):
+                    part, peer = program.part_of(action.stage), program.rank_of(twin)
+                    met.setdefault((rank, peer), []).append((part, action))
+    for (rank, peer), parts in met.items():
+        others = [part for part, _ in met.get((peer, rank), [])]
+        if rank < peer and sorted(part for part, _ in parts) == sorted(others):
+            for (part, action), other in zip(parts, others, strict=True):
+                if part != other:
+                    message = f"{action} on rank {rank} meets part {other} of the model on rank {peer}; list both alike"
+                    yield Violation(Fault.UNPAIRED, rank, action, message)
+                    break
 
 
 def _updates(program: Program) -> Iterator[Violation]:
@@ -199,11 +249,11 @@ def _deadlocks(program: Program, sends: Sends) -> Iterator[Violation]:
         yield Violation(Fault.DEADLOCK, stuck.rank, stuck.action, str(stuck))
 
 
-def _memory(program: Program, limit: int | None) -> Iterator[Violation]:
+def _memory(program: Program, limit: float | None, costs: Costs | None) -> Iterator[Violation]:
     if limit is None:
         return
     for rank in range(program.ranks):
-        peak, action = peak_activations(program, rank)
+        peak, action = peak_activations(program, rank, costs)
         if action is not None and peak > limit:
-            message = f"rank {rank} holds {peak} activations at {action}, the limit is {limit}"
+            message = f"rank {rank} holds {peak:g} activations at {action}, the limit is {limit:g}"
             yield Violation(Fault.MEMORY, rank, action, message)

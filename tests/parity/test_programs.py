@@ -159,7 +159,7 @@ def execute_schedules() -> None:
     ranks = dist.get_world_size()
     for name in schedules():
         for microbatches in (1, ranks - 1, ranks, 2 * ranks + 1):
-            program = pair_transfers(generate(name, ranks, ranks, max(1, microbatches)))
+            program = pair_transfers(generate(name, ranks, max(1, microbatches)))
             execute(add_update(add_reduce(program, per_microbatch=False)))
 
 
@@ -185,7 +185,7 @@ def test_a_program_from_a_file_runs() -> None:
 
 def observe() -> list[tuple[str, str]]:
     """What an observer of a two-stage program sees on this rank."""
-    program = add_update(add_reduce(pair_transfers(generate("1f1b", 2, 2, 2)), per_microbatch=False))
+    program = add_update(add_reduce(pair_transfers(generate("1f1b", 2, 2)), per_microbatch=False))
     seen: list[tuple[str, str]] = []
 
     @contextmanager
@@ -209,7 +209,7 @@ def test_an_observer_sees_runs_and_waits() -> None:
 
 def fail(stop: Callable[[], None]) -> None:
     """A stage that fails once: the error says where, and the executor can run again."""
-    program = generate("gpipe", 1, 1, 2)
+    program = generate("gpipe", 1, 2)
     chain = modules(1)
     executor = build(program, chain, Sink(), [])
     tokens, targets = batches(2)
@@ -231,7 +231,7 @@ def test_an_error_says_which_action_failed() -> None:
 
 def refuse() -> None:
     assert dist.group.WORLD is not None
-    program = add_update(generate("gpipe", 1, 1, 1))
+    program = add_update(generate("gpipe", 1, 1))
     with pytest.raises(ValueError, match="'gpipe' has ops that nothing here handles: GATHER, UPDATE"):
         Executor(program, {}, Channel(dist.group.WORLD), torch.empty(1), {})
 

@@ -197,7 +197,7 @@ def test_the_program_that_the_pages_show(workplace: Path) -> None:
     """The grid in the README, its picture, and the list of actions in the architecture are the quickstart's."""
     run = resolved([str(QUICKSTART)], None)
     pipeline = run.config.parallel.pipeline
-    program = generate(pipeline.schedule, run.layout.pipeline, pipeline.stages, run.batch.gradient_accumulation)
+    program = generate(pipeline.schedule, run.layout.pipeline, run.batch.gradient_accumulation)
     assert render_grid(program).strip() in (ROOT / "README.md").read_text()
     picture = ElementTree.parse(ROOT / "docs" / "images" / "step.svg")
     svg = "{http://www.w3.org/2000/svg}"

@@ -27,7 +27,7 @@ COSTS = st.builds(Costs, SECONDS, SECONDS, SECONDS, SECONDS)
 @st.composite
 def generated(draw: st.DrawFn) -> Program:
     p, m = draw(st.integers(1, 6)), draw(st.integers(1, 12))
-    return generate(draw(st.sampled_from(sorted(schedules()))), p, p, m)
+    return generate(draw(st.sampled_from(sorted(schedules()))), p, m)
 
 
 def row(program: Program, rank: int) -> str:
@@ -41,14 +41,14 @@ def without_transfers(program: Program) -> Program:
 
 
 def test_transfers_of_two_ranks() -> None:
-    program = pair_transfers(generate("1f1b", 2, 2, 3))
+    program = pair_transfers(generate("1f1b", 2, 3))
     # Rank 0 lists SEND_F2 before RECV_I1, and rank 1 its ends in the same order: each send meets its receive.
     assert row(program, 0) == "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_I0 0B0 0F2 0SEND_F2 0RECV_I1 0RECV_I2 0B1 0B2"
     assert row(program, 1) == "1RECV_F0 1RECV_F1 1F0 1B0 1SEND_I0 1F1 1RECV_F2 1B1 1SEND_I1 1F2 1B2 1SEND_I2"
 
 
 def test_a_single_rank_sends_nothing() -> None:
-    program = generate("1f1b", 1, 1, 4)
+    program = generate("1f1b", 1, 4)
     assert pair_transfers(program) == program
 
 
@@ -81,7 +81,7 @@ def test_sends_stand_behind_their_producer_and_receives_before_their_consumer(pr
 
 @given(st.integers(1, 8), st.integers(1, 16))
 def test_1f1b_keeps_few_receives_open(p: int, m: int) -> None:
-    for listed in pair_transfers(generate("1f1b", p, p, m)).actions:
+    for listed in pair_transfers(generate("1f1b", p, m)).actions:
         waiting = most = 0
         for action in listed:
             waiting += action.op in (Op.RECV_F, Op.RECV_I)
@@ -136,7 +136,7 @@ def test_merge_backward(before: str, after: str) -> None:
 
 
 def test_reduce_once_a_stage() -> None:
-    program = add_reduce(generate("1f1b", 2, 2, 2), per_microbatch=False)
+    program = add_reduce(generate("1f1b", 2, 2), per_microbatch=False)
     assert row(program, 0) == "0F0 0F1 0B0 0B1 0REDUCE"
     split = Program.from_csv("0F0,1F0,1I0,1W0,0I0,0F1,1F1,1I1,0I1,0W0,1W1,0W1")
     assert row(add_reduce(split, per_microbatch=False), 0) == (
@@ -145,7 +145,7 @@ def test_reduce_once_a_stage() -> None:
 
 
 def test_reduce_every_microbatch() -> None:
-    program = add_reduce(generate("1f1b", 2, 2, 2), per_microbatch=True)
+    program = add_reduce(generate("1f1b", 2, 2), per_microbatch=True)
     assert row(program, 0) == "0F0 0F1 0B0 0REDUCE0 0B1 0REDUCE1"
     split = Program.from_csv("0F0,0I0,0F1,0I1,0W0,0W1")
     assert row(add_reduce(split, per_microbatch=True), 0) == "0F0 0I0 0F1 0I1 0W0 0REDUCE0 0W1 0REDUCE1"
@@ -173,7 +173,7 @@ def test_the_whole_step_is_right(program: Program, each: bool) -> None:
 
 
 def test_no_pass_applies_twice() -> None:
-    step = add_update(add_reduce(pair_transfers(generate("1f1b", 2, 2, 2)), per_microbatch=False))
+    step = add_update(add_reduce(pair_transfers(generate("1f1b", 2, 2)), per_microbatch=False))
     with pytest.raises(ValueError, match=r"pair_transfers: .* already lists RECV_F, RECV_I, SEND_F, SEND_I"):
         pair_transfers(step)
     with pytest.raises(ValueError, match=r"add_reduce: .* already lists REDUCE"):

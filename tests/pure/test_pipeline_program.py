@@ -14,7 +14,7 @@ from parallel.pipeline.schedules.registry import generate
 
 
 def test_csv_is_readable() -> None:
-    assert generate("1f1b", 2, 2, 3).to_csv() == (
+    assert generate("1f1b", 2, 3).to_csv() == (
         "# name: 1f1b\n"
         "# microbatches: 3\n"
         "# placement: 0 1\n"
@@ -24,7 +24,7 @@ def test_csv_is_readable() -> None:
 
 
 def test_csv_round_trip() -> None:
-    plain = generate("1f1b", 3, 3, 4)
+    plain = generate("1f1b", 3, 4)
     paired = pair_transfers(plain)
     idle = Program("half idle: yes", 2, 1, 7, (1,), ((), (Action(Op.F, 0, 0),)))
     empty = idle.with_actions(((), ()))
@@ -33,7 +33,7 @@ def test_csv_round_trip() -> None:
 
 
 def test_csv_without_comments_is_counted() -> None:
-    program = generate("gpipe", 3, 3, 4)
+    program = generate("gpipe", 3, 4)
     rows = [line for line in program.to_csv().splitlines() if not line.startswith("#")]
     assert Program.from_csv("\n".join(rows)) == replace(program, name="csv")
 
@@ -47,7 +47,7 @@ def test_csv_placement_is_the_first_rank_that_lists_a_stage() -> None:
 
 
 def test_csv_arguments_win_over_comments() -> None:
-    text = generate("gpipe", 2, 2, 2).to_csv()
+    text = generate("gpipe", 2, 2).to_csv()
     program = Program.from_csv(text, name="mine", microbatches=5, placement=(1, 0))
     assert (program.name, program.microbatches, program.placement) == ("mine", 5, (1, 0))
 
@@ -88,14 +88,14 @@ def test_bad_csv_names_the_place(text: str, complaint: str) -> None:
 )
 def test_shape_is_checked(change: dict[str, object], complaint: str) -> None:
     with pytest.raises(ValueError, match=re.escape(complaint)):
-        replace(generate("1f1b", 2, 2, 2), **change)  # type: ignore[arg-type]
+        replace(generate("1f1b", 2, 2), **change)  # type: ignore[arg-type]
 
 
 def test_cells_are_actions() -> None:
     with pytest.raises(TypeError, match="rank 1, cell 0: '1F0' is not an Action"):
-        generate("1f1b", 2, 2, 2).with_actions([[], ["1F0"]])  # type: ignore[list-item]
+        generate("1f1b", 2, 2).with_actions([[], ["1F0"]])  # type: ignore[list-item]
 
 
 def test_a_pass_is_refused_where_it_was_applied() -> None:
     with pytest.raises(ValueError, match="add_things: program '1f1b' already lists B; apply it only once"):
-        refuse(generate("1f1b", 2, 2, 2), [Op.B, Op.W], "add_things")
+        refuse(generate("1f1b", 2, 2), [Op.B, Op.W], "add_things")

@@ -71,6 +71,7 @@ def test_pairing_is_right_for_any_program(program: Program, costs: Costs) -> Non
     paired = pair_transfers(program, costs)
     assert verify(paired, sends="rendezvous") == []
     assert verify(paired, sends="buffered") == []
+    assert verify(pair_transfers(program, costs, late=True), sends="blocking") == []
 
 
 def sends_of(program: Program) -> dict[Action, Action]:
@@ -101,7 +102,8 @@ def test_transfers_between_two_ranks_match_without_tags(program: Program, costs:
 @given(right_programs(), COSTS, st.sampled_from(Sends))
 def test_every_action_starts_as_early_as_it_can(program: Program, costs: Costs, sends: Sends) -> None:
     """Start times are the least that lane order and rules allow; here by relaxing until nothing moves."""
-    program = pair_transfers(program)
+    blocking = sends is Sends.BLOCKING
+    program = pair_transfers(program, late=blocking)
     timeline = simulate(program, costs, sends=sends)
     halves = sends_of(program)
     meets = halves | {send: receive for receive, send in halves.items()} if sends is Sends.RENDEZVOUS else {}
@@ -109,6 +111,9 @@ def test_every_action_starts_as_early_as_it_can(program: Program, costs: Costs, 
         action: costs.transfer_seconds if action in meets else costs.seconds(action)
         for action in program.listed
     }
+    if blocking:  # the send takes the time, the receive only waits for it
+        seconds |= {send: costs.transfer_seconds for send in halves.values() if send in seconds}
+        seconds |= {receive: 0.0 for receive in halves if receive in seconds}
     start = dict.fromkeys(program.listed, 0.0)
     moved = True
     while moved:
@@ -116,13 +121,14 @@ def test_every_action_starts_as_early_as_it_can(program: Program, costs: Costs, 
         for listed in program.actions:
             free = dict.fromkeys(Lane, 0.0)
             for action in listed:
-                free_lane = 0.0 if sends is Sends.LATENCY and action.lane is Lane.P2P else free[action.lane]
+                lane = Lane.COMPUTE if blocking and action.lane is Lane.P2P else action.lane
+                free_lane = 0.0 if sends is Sends.LATENCY and lane is Lane.P2P else free[lane]
                 needs = [need.action for need in prerequisites(action, program)]
                 bounds = [start[need] + seconds[need] for need in needs if meets.get(action) != need]
                 earliest = max([free_lane, *bounds, start[meets.get(action, action)]])
                 if earliest > start[action]:
                     start[action], moved = earliest, True
-                free[action.lane] = start[action] + seconds[action]
+                free[lane] = start[action] + seconds[action]
     assert len(timeline.order) == len(program.listed)
     for span in timeline.order:
         assert span.start == pytest.approx(start[span.action], abs=1e-9)

@@ -15,7 +15,7 @@ from parallel.pipeline.schedules.registry import generate, schedules
 
 
 def test_1f1b() -> None:
-    assert render_grid(generate("1f1b", 4, 4, 5)) == (
+    assert render_grid(generate("1f1b", 4, 5)) == (
         "1f1b: 4 ranks, 4 stages, 5 micro-batches\n"
         "rank 0 | F0 F1 F2 F3 .  .  .  .  .  .  B0 -- F4 B1 -- .  B2 -- .  B3 -- .  B4 --\n"
         "rank 1 | .  F0 F1 F2 .  .  .  .  B0 -- F3 B1 -- F4 B2 -- .  B3 -- .  B4 -- .  .\n"
@@ -25,7 +25,7 @@ def test_1f1b() -> None:
 
 
 def test_one_rank() -> None:
-    assert render_grid(add_update(generate("1f1b", 1, 1, 2))) == (
+    assert render_grid(add_update(generate("1f1b", 1, 2))) == (
         "1f1b: 1 rank, 1 stage, 2 micro-batches\nrank 0 | F0 B0 -- F1 B1 --\n"
     )
 
@@ -41,7 +41,7 @@ def test_the_stage_is_shown_where_a_rank_has_several() -> None:
 
 
 def test_marks_reach_every_lane_and_what_is_not_listed() -> None:
-    program = add_update(pair_transfers(generate("gpipe", 2, 2, 2)))
+    program = add_update(pair_transfers(generate("gpipe", 2, 2)))
     texts = ((0, "0B1"), (0, "0UPDATE"), (1, "1RECV_F1"), (1, "1REDUCE"))
     assert render_grid(program, [(rank, Action.parse(text)) for rank, text in texts]) == (
         "gpipe: 2 ranks, 2 stages, 2 micro-batches\n"
@@ -62,7 +62,7 @@ def test_a_stuck_program_is_shown_as_far_as_it_runs() -> None:
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 def test_schedules_draw_themselves_in_their_docstrings(name: str) -> None:
-    grid = render_grid(generate(name, 2, 2, 3)).splitlines()[1:]
+    grid = render_grid(generate(name, 2, 3)).splitlines()[1:]
     drawn = inspect.getdoc(inspect.getmodule(schedules()[name].generator))
     assert drawn is not None
     assert grid == [line.strip() for line in drawn.splitlines() if line.strip().startswith("rank ")]

@@ -12,7 +12,7 @@ from parallel.pipeline.program import Program
 from parallel.pipeline.rules import RULES, prerequisites, receive_of
 from parallel.pipeline.schedules.registry import generate
 
-PLAIN = generate("1f1b", 3, 3, 2)
+PLAIN = generate("1f1b", 3, 2)
 PAIRED = pair_transfers(PLAIN)
 STEP = add_update(add_reduce(PAIRED, per_microbatch=False))
 PIECES = add_update(add_reduce(PAIRED, per_microbatch=True))

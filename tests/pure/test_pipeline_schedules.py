@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from parallel.pipeline.actions import PASS_OPS, Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.passes.transfers import pair_transfers
 from parallel.pipeline.program import Program
-from parallel.pipeline.schedules.registry import ScheduleError, generate, register, schedules
+from parallel.pipeline.schedules.registry import Request, ScheduleError, generate, register, schedules
 from parallel.pipeline.verify import verify
 
 NAMES = st.sampled_from(sorted(schedules()))
@@ -20,7 +21,7 @@ NAMES = st.sampled_from(sorted(schedules()))
 
 @given(NAMES, st.integers(1, 8), st.integers(1, 16))
 def test_schedules_are_right_and_write_compute_only(name: str, p: int, m: int) -> None:
-    program = generate(name, p, p, m)
+    program = generate(name, p, m)
     assert (program.name, program.ranks, program.stages, program.microbatches) == (name, p, p, m)
     assert program.ops <= PASS_OPS
     assert verify(program) == []
@@ -30,14 +31,14 @@ def test_schedules_are_right_and_write_compute_only(name: str, p: int, m: int) -
 @given(st.integers(1, 8), st.integers(1, 16))
 def test_gpipe_and_1f1b_accumulate_gradients_in_the_same_order(p: int, m: int) -> None:
     def backwards(name: str) -> list[list[int | None]]:
-        program = generate(name, p, p, m)
+        program = generate(name, p, m)
         return [[action.microbatch for action in listed if action.op is Op.B] for listed in program.actions]
 
     assert backwards("gpipe") == backwards("1f1b") == [list(range(m))] * p
 
 
 def test_a_single_rank_alternates() -> None:
-    assert [str(action) for action in generate("1f1b", 1, 1, 3).actions[0]] == [
+    assert [str(action) for action in generate("1f1b", 1, 3).actions[0]] == [
         "0F0",
         "0B0",
         "0F1",
@@ -56,31 +57,34 @@ def test_schedules_say_what_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "value", "rule", "fix"),
+    ("arguments", "options", "value", "rule", "fix"),
     [
-        (("1f1c", 2, 2, 4), "schedule='1f1c'", "must be one of 1f1b, gpipe", "did you mean '1f1b'?"),
-        (("zebra", 2, 2, 4), "schedule='zebra'", "must be one of 1f1b, gpipe", "choose one of those"),
-        (("1f1b", 0, 2, 4), "ranks=0", "must be at least 1", "set it to 1 or more"),
-        (("1f1b", 2, 2, 0), "microbatches=0", "must be at least 1", "set it to 1 or more"),
+        (("1f1c", 2, 4), {}, "schedule='1f1c'", "must be one of 1f1b, ", "did you mean '1f1b'?"),
+        (("qqqqq", 2, 4), {}, "schedule='qqqqq'", "must be one of 1f1b, ", "choose one of those, or csv:FILE"),
+        (("1f1b", 0, 4), {}, "ranks=0", "must be at least 1", "set it to 1 or more"),
+        (("1f1b", 2, 0), {}, "microbatches=0", "must be at least 1", "set it to 1 or more"),
+        (("1f1b", 2, 4), {"chunks": 0}, "chunks=0", "must be at least 1", "set it to 1 or more"),
         (
-            ("gpipe", 2, 4, 8),
-            "stages=4 on ranks=2",
-            "gpipe puts exactly one stage on each rank",
-            "set stages to 2",
+            ("gpipe", 2, 8),
+            {"chunks": 2},
+            "chunks=2",
+            "gpipe puts 1 part of the model on each rank",
+            "set chunks to 1, or choose another schedule",
         ),
         (
-            ("1f1b", 4, 2, 8),
-            "stages=2 on ranks=4",
-            "1f1b puts exactly one stage on each rank",
-            "set stages to 4",
+            ("1f1b", 4, 8),
+            {"memory_limit": 2.0},
+            "memory_limit=2",
+            "1f1b has a fixed order that no limit changes",
+            "leave the limit out, or choose one of",
         ),
     ],
 )
 def test_what_cannot_be_generated_is_explained(
-    arguments: tuple[str, int, int, int], value: str, rule: str, fix: str
+    arguments: tuple[str, int, int], options: dict[str, Any], value: str, rule: str, fix: str
 ) -> None:
     with pytest.raises(ScheduleError) as caught:
-        generate(*arguments)
+        generate(*arguments, **options)
     assert caught.value.value == value
     assert caught.value.rule.startswith(rule)
     assert caught.value.fix.startswith(fix)
@@ -88,12 +92,12 @@ def test_what_cannot_be_generated_is_explained(
 
 
 def test_costs_of_another_number_of_stages_are_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("forward_seconds lists 3 stages, the program has 2")):
-        generate("1f1b", 2, 2, 4, Costs(forward_seconds=(1.0, 2.0, 3.0)))
+    with pytest.raises(ValueError, match=re.escape("forward_seconds lists 3 stages, the model has 2")):
+        generate("1f1b", 2, 4, Costs(forward_seconds=(1.0, 2.0, 3.0)))
 
 
 def test_a_name_is_registered_once() -> None:
-    def again(ranks: int, stages: int, microbatches: int, costs: Costs) -> Program:
+    def again(request: Request) -> Program:
         raise NotImplementedError
 
     with pytest.raises(ValueError, match=r"'gpipe' is already registered by .*schedules\.gpipe\.gpipe"):

@@ -23,7 +23,7 @@ MICROBATCHES = st.integers(1, 20)
 
 @given(st.sampled_from(["gpipe", "1f1b"]), RANKS, MICROBATCHES)
 def test_bubble_rate_is_the_formula(name: str, p: int, m: int) -> None:
-    timeline = simulate(generate(name, p, p, m))  # F = 1, B = 2
+    timeline = simulate(generate(name, p, m))  # F = 1, B = 2
     assert timeline.makespan_seconds == 3 * (m + p - 1)
     assert timeline.bubble_rate == pytest.approx((p - 1) / (m + p - 1))
     assert timeline.busy_seconds(p - 1) == 3 * m
@@ -31,8 +31,8 @@ def test_bubble_rate_is_the_formula(name: str, p: int, m: int) -> None:
 
 @given(RANKS, MICROBATCHES)
 def test_peak_activations(p: int, m: int) -> None:
-    assert simulate(generate("gpipe", p, p, m)).peak_activations == (m,) * p
-    assert simulate(generate("1f1b", p, p, m)).peak_activations == tuple(min(p - r, m) for r in range(p))
+    assert simulate(generate("gpipe", p, m)).peak_activations == (m,) * p
+    assert simulate(generate("1f1b", p, m)).peak_activations == tuple(min(p - r, m) for r in range(p))
 
 
 # Zero-bubble paper (arXiv:2401.10241v1): milliseconds of Table 9, 1F1B's bubble rates of Table 5.
@@ -49,7 +49,7 @@ def test_published_bubble_rates(
     p: int, m: int, forward: float, inputs: float, weights: float, transfer: float, published: float
 ) -> None:
     costs = Costs(forward, inputs, weights, transfer)
-    program = generate("1f1b", p, p, m)
+    program = generate("1f1b", p, m)
     assert round(simulate(program, costs).bubble_rate, 4) == published
     assert round(simulate(pair_transfers(program), costs).bubble_rate, 4) == published
 
@@ -61,7 +61,7 @@ def test_deferred_weight_gradients_keep_activations_alive() -> None:
 
 def test_per_stage_costs() -> None:
     costs = Costs(forward_seconds=(1.0, 3.0), input_gradient_seconds=2.0, weight_gradient_seconds=(0.5, 0.0))
-    timeline = simulate(generate("gpipe", 2, 2, 1), costs)
+    timeline = simulate(generate("gpipe", 2, 1), costs)
     assert [(str(span.action), span.start, span.end) for listed in timeline.spans for span in listed] == [
         ("0F0", 0.0, 1.0),
         ("0B0", 6.0, 8.5),
@@ -69,7 +69,7 @@ def test_per_stage_costs() -> None:
         ("1B0", 4.0, 6.0),
     ]
     with pytest.raises(ValueError, match="forward_seconds lists 2 stages, the program has 3"):
-        simulate(generate("gpipe", 3, 3, 1), costs)
+        simulate(generate("gpipe", 3, 1), costs)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), (), (1.0, -0.5)])
@@ -79,7 +79,7 @@ def test_impossible_costs_are_refused(value: float | tuple[float, ...]) -> None:
 
 
 def test_lanes_run_beside_each_other() -> None:
-    program = add_update(add_reduce(generate("1f1b", 1, 1, 2), per_microbatch=True))
+    program = add_update(add_reduce(generate("1f1b", 1, 2), per_microbatch=True))
     timeline = simulate(program, Costs(reduce_seconds=5.0, update_seconds=0.5))
     spans = {str(span.action): (span.lane, span.start, span.end) for span in timeline.spans[0]}
     assert spans["0F1"] == (Lane.COMPUTE, 3.0, 4.0)
@@ -144,7 +144,7 @@ def test_both_neighbours_sending_first_is_a_deadlock_only_for_rendezvous() -> No
 
 
 def test_large_programs_are_simulated_at_once() -> None:
-    program = pair_transfers(generate("1f1b", 32, 32, 256))
+    program = pair_transfers(generate("1f1b", 32, 256))
     began = time.process_time()
     simulate(program)
     assert time.process_time() - began < 3  # 0.4 s on a quiet core; anything quadratic takes minutes

@@ -17,7 +17,7 @@ from parallel.pipeline.schedules.registry import generate
 from parallel.pipeline.simulate import Sends
 from parallel.pipeline.verify import Fault, ProgramError, check, verify
 
-PLAIN = generate("1f1b", 3, 3, 4)
+PLAIN = generate("1f1b", 3, 4)
 WHOLE = add_update(add_reduce(pair_transfers(PLAIN), per_microbatch=True))
 
 
@@ -142,7 +142,7 @@ def test_memory_limit() -> None:
 
 
 def test_error_shows_violations_grid_and_waits() -> None:
-    broken = without(generate("1f1b", 2, 2, 3), "0F2")
+    broken = without(generate("1f1b", 2, 3), "0F2")
     with pytest.raises(ProgramError) as caught:
         check(broken, memory_limit=1)
     waits = "waits for 0F2 on rank 0"

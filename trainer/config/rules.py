@@ -123,9 +123,7 @@ def _pipeline(config: RunConfig, batch: BatchSizes | None) -> list[Problem]:
             fix = "give one number of blocks per stage, or null for a balanced partition"
             problems.append(Problem("parallel.pipeline.partition", partition, rule, fix))
     try:
-        registry.generate(
-            pipeline.schedule, pipeline.stages, pipeline.stages, batch.gradient_accumulation if batch else 1
-        )
+        registry.generate(pipeline.schedule, pipeline.stages, batch.gradient_accumulation if batch else 1)
     except registry.ScheduleError as error:
         problems.append(Problem("parallel.pipeline.schedule", pipeline.schedule, error.rule, error.fix))
     return problems

@@ -15,7 +15,7 @@ deadlock too, but each open receive holds a buffer; directly before the consumer
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from parallel.pipeline.actions import PASS_OPS, TRANSFER_OPS, Action, Op
@@ -36,13 +36,15 @@ class _Transfer(NamedTuple):
     send: Action
 
 
-def pair_transfers(program: Program, costs: Costs | None = None) -> Program:
+def pair_transfers(program: Program, costs: Costs | None = None, *, late: bool = False) -> Program:
     """The program with SEND and RECV for every output and gradient that crosses from rank to rank.
 
     Args:
         program: without transfers.
         costs: decide which of two transfers is listed first; unit costs if None. Under any costs the program
             is free of deadlock.
+        late: list a receive right before the pass that needs it, for transfers that have no lane of their own
+            (`Sends.BLOCKING`); sends must then be buffered.
 
     Raises:
         ValueError: the program already has transfers, or per-stage costs are for another number of stages.
@@ -59,6 +61,13 @@ def pair_transfers(program: Program, costs: Costs | None = None) -> Program:
     gaps: list[list[list[Action]]] = [[[] for _ in range(len(listed) + 1)] for listed in work]
     newest = [0] * program.ranks  # the gap of the last transfer so far; none may be placed before it now
     for transfer in _in_order(program, timeline):
+        if late:
+            meeting = receive_of(transfer.send, program)
+            assert meeting is not None, "a boundary between ranks has a stage on either side"
+            gaps[transfer.rank][numbers[transfer.rank][transfer.producer] + 1].insert(0, transfer.send)
+            consumer = numbers[meeting.rank][_consumer(meeting.action, numbers[meeting.rank])]
+            gaps[meeting.rank][consumer].append(meeting.action)
+            continue
         newest[transfer.rank] = numbers[transfer.rank][transfer.producer] + 1
         gaps[transfer.rank][newest[transfer.rank]].append(transfer.send)
         meeting = receive_of(transfer.send, program)
@@ -76,12 +85,23 @@ def _in_order(program: Program, timeline: Timeline) -> list[_Transfer]:
         action = span.action
         if action.op is Op.F and program.crossings[action.stage]:
             send = Action(Op.SEND_F, action.stage, action.microbatch)
-        elif action.op in (Op.B, Op.I) and action.stage and program.crossings[action.stage - 1]:
+        elif (
+            action.op in (Op.B, Op.I)
+            and (before := program.before(action.stage)) is not None
+            and program.crossings[before]
+        ):
             send = Action(Op.SEND_I, action.stage, action.microbatch)
         else:
             continue
         transfers.append(_Transfer(span.end, place, span.rank, action, send))
     return sorted(transfers, key=lambda transfer: (transfer.end, transfer.place))
+
+
+def _consumer(receive: Action, listed: Mapping[Action, int]) -> Action:
+    """The pass that reads what a receive brings."""
+    ops = (Op.F,) if receive.op is Op.RECV_F else (Op.B, Op.I)
+    passes = (Action(op, receive.stage, receive.microbatch) for op in ops)
+    return next(action for action in passes if action in listed)
 
 
 def _woven(listed: Sequence[Action], gaps: Sequence[Sequence[Action]]) -> Iterator[Action]:

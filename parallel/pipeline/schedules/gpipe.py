@@ -11,19 +11,18 @@ and the results of both are equal bit for bit. The bubble is the same either way
 from __future__ import annotations
 
 from parallel.pipeline.actions import Action, Op
-from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
-from parallel.pipeline.schedules.registry import register, require_one_stage_per_rank
+from parallel.pipeline.schedules.registry import Request, register
 
 
 @register("gpipe", summary="all forwards, then all backwards", source="GPipe, arXiv:1811.06965")
-def gpipe(ranks: int, stages: int, microbatches: int, costs: Costs) -> Program:
+def gpipe(request: Request) -> Program:
     """Every rank runs F 0..m-1, then B 0..m-1. Costs do not matter."""
-    require_one_stage_per_rank("gpipe", ranks, stages)
+    ranks, microbatches = request.ranks, request.microbatches
     return Program(
         name="gpipe",
         ranks=ranks,
-        stages=stages,
+        stages=ranks,
         microbatches=microbatches,
         placement=tuple(range(ranks)),
         actions=tuple(

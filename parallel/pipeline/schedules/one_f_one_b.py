@@ -11,9 +11,8 @@ GPipe's, (p-1)/(m+p-1) for equal stages, but rank r holds min(p-r, m) activation
 from __future__ import annotations
 
 from parallel.pipeline.actions import Action, Op
-from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
-from parallel.pipeline.schedules.registry import register, require_one_stage_per_rank
+from parallel.pipeline.schedules.registry import Request, register
 
 
 @register(
@@ -21,13 +20,13 @@ from parallel.pipeline.schedules.registry import register, require_one_stage_per
     summary="alternating forwards and backwards, p activations at most",
     source="PipeDream-Flush, arXiv:2006.09503; Megatron-LM, arXiv:2104.04473",
 )
-def one_f_one_b(ranks: int, stages: int, microbatches: int, costs: Costs) -> Program:
+def one_f_one_b(request: Request) -> Program:
     """Warm-up, alternation, drain on every rank. Costs do not matter."""
-    require_one_stage_per_rank("1f1b", ranks, stages)
+    ranks, microbatches = request.ranks, request.microbatches
     return Program(
         name="1f1b",
         ranks=ranks,
-        stages=stages,
+        stages=ranks,
         microbatches=microbatches,
         placement=tuple(range(ranks)),
         actions=tuple(_rank(rank, ranks, microbatches) for rank in range(ranks)),

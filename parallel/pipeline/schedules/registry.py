@@ -1,7 +1,7 @@
 """The schedules by name. A new one is one registered function in a file of this package:
 
     @register("gpipe", summary="...", source="...")
-    def gpipe(ranks: int, stages: int, microbatches: int, costs: Costs) -> Program: ...
+    def gpipe(request: Request) -> Program: ...
 
 It writes compute actions only, and calls `require` for what it cannot do. Verifier, simulator, drawing,
 executor and the tests over all schedules find it by its name; there is no list to add it to.
@@ -13,25 +13,76 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 
 from parallel.pipeline import schedules as package
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
 
-Generator = Callable[[int, int, int, Costs], Program]
+CSV = "csv:"
+"""`csv:FILE` in place of a schedule's name reads the program from a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a schedule is asked for.
+
+    Attributes:
+        ranks: pipeline ranks.
+        microbatches: micro-batches per step.
+        chunks: parts of the model on each rank; the model is cut into `ranks * chunks` stages.
+        costs: for schedules that depend on them. Per-stage costs are for `ranks * chunks` stages.
+        memory_limit: the most activations that a rank may hold at a time, in the unit of `costs.activation`;
+            None: as the schedule is published.
+        group: micro-batches that run through a chunk before the next chunk has its turn (`gis`, interleaving);
+            None: as the schedule is published.
+        time_limit_seconds: for schedules that search.
+    """
+
+    ranks: int
+    microbatches: int
+    chunks: int = 1
+    costs: Costs = field(default_factory=Costs)
+    memory_limit: float | None = None
+    group: int | None = None
+    time_limit_seconds: float = 20.0
+
+    @property
+    def stages(self) -> int:
+        """Stages of the model."""
+        return self.ranks * self.chunks
+
+
+Generator = Callable[[Request], Program]
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A registered schedule: its generator, one line about it, and where it is published."""
+    """A registered schedule.
+
+    Attributes:
+        name: how it is asked for.
+        summary: one line about it.
+        source: where it is published.
+        generator: writes the program.
+        chunks: parts of the model per rank that it is made for, in order of preference; None: any number.
+        limited: whether it keeps to a memory limit that it is given.
+    """
 
     name: str
     summary: str
     source: str
     generator: Generator
+    chunks: tuple[int, ...] | None = (1,)
+    limited: bool = False
+
+    @property
+    def default_chunks(self) -> int:
+        """Parts per rank where nobody says how many."""
+        return 2 if self.chunks is None else self.chunks[0]
 
 
 class ScheduleError(ValueError):
@@ -47,8 +98,10 @@ class ScheduleError(ValueError):
 _REGISTERED: dict[str, Schedule] = {}
 
 
-def register(name: str, *, summary: str, source: str) -> Callable[[Generator], Generator]:
-    """Make a generator known by a name; ValueError if the name is taken."""
+def register(
+    name: str, *, summary: str, source: str, chunks: tuple[int, ...] | None = (1,), limited: bool = False
+) -> Callable[[Generator], Generator]:
+    """Make a generator known by a name; arguments as the attributes of `Schedule`. ValueError if the name is taken."""
 
     def add(generator: Generator) -> Generator:
         if name in _REGISTERED:
@@ -56,7 +109,7 @@ def register(name: str, *, summary: str, source: str) -> Callable[[Generator], G
             raise ValueError(
                 f"schedule {name!r} is already registered by {taken.__module__}.{taken.__name__}"
             )
-        _REGISTERED[name] = Schedule(name, summary, source, generator)
+        _REGISTERED[name] = Schedule(name, summary, source, generator, chunks, limited)
         return generator
 
     return add
@@ -68,16 +121,6 @@ def require(condition: bool, *, value: str, rule: str, fix: str) -> None:
         raise ScheduleError(value, rule, fix)
 
 
-def require_one_stage_per_rank(name: str, ranks: int, stages: int) -> None:
-    """For generators of schedules in which stage r is on rank r."""
-    require(
-        stages == ranks,
-        value=f"stages={stages} on ranks={ranks}",
-        rule=f"{name} puts exactly one stage on each rank",
-        fix=f"set stages to {ranks}, or choose a schedule with several stages a rank",
-    )
-
-
 @cache
 def schedules() -> Mapping[str, Schedule]:
     """All schedules by name, sorted; every module of this package is loaded for it."""
@@ -86,27 +129,84 @@ def schedules() -> Mapping[str, Schedule]:
     return MappingProxyType(dict(sorted(_REGISTERED.items())))
 
 
-def generate(name: str, ranks: int, stages: int, microbatches: int, costs: Costs | None = None) -> Program:
+def find(name: str) -> Schedule:
+    """The schedule of that name; ScheduleError if there is none."""
+    known = schedules()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else f"choose one of those, or {CSV}FILE"
+        raise ScheduleError(f"schedule={name!r}", f"must be one of {', '.join(known)}", fix)
+    return known[name]
+
+
+def generate(
+    name: str,
+    ranks: int,
+    microbatches: int,
+    *,
+    chunks: int | None = None,
+    costs: Costs | None = None,
+    memory_limit: float | None = None,
+    group: int | None = None,
+    time_limit_seconds: float = 20.0,
+) -> Program:
     """The program of a schedule, compute actions only.
 
     Args:
-        name: one of `schedules()`.
-        ranks: pipeline ranks.
-        stages: pipeline stages of the model.
-        microbatches: micro-batches per step.
-        costs: for schedules that depend on them; unit costs if None.
+        name: one of `schedules()`, or csv:FILE.
+        chunks: parts of the model per rank; None: what the schedule is made for.
+        ranks, microbatches, costs, memory_limit, group, time_limit_seconds: as in `Request`.
 
     Raises:
         ScheduleError: no such name, or numbers that the schedule cannot do.
         ValueError: per-stage costs for another number of stages.
     """
-    known = schedules()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        fix = f"did you mean {near[0]!r}?" if near else "choose one of those"
-        raise ScheduleError(f"schedule={name!r}", f"must be one of {', '.join(known)}", fix)
-    for field, count in (("ranks", ranks), ("stages", stages), ("microbatches", microbatches)):
-        require(count >= 1, value=f"{field}={count}", rule="must be at least 1", fix="set it to 1 or more")
     costs = costs or Costs()
-    costs.require_stages(stages)
-    return known[name].generator(ranks, stages, microbatches, costs)
+    for key, count in (("ranks", ranks), ("microbatches", microbatches), ("chunks", chunks)):
+        if count is not None:
+            require(count >= 1, value=f"{key}={count}", rule="must be at least 1", fix="set it to 1 or more")
+    if name.startswith(CSV):
+        return _read(Path(name.removeprefix(CSV)), ranks, microbatches)
+    schedule = find(name)
+    if chunks is None:
+        chunks = schedule.default_chunks
+    if schedule.chunks is not None:
+        allowed = " or ".join(map(str, schedule.chunks))
+        require(
+            chunks in schedule.chunks,
+            value=f"chunks={chunks}",
+            rule=f"{name} puts {allowed} part{'s' if allowed != '1' else ''} of the model on each rank",
+            fix=f"set chunks to {allowed}, or choose another schedule",
+        )
+    if memory_limit is not None:
+        with_limit = ", ".join(each.name for each in schedules().values() if each.limited)
+        require(
+            schedule.limited,
+            value=f"memory_limit={memory_limit:g}",
+            rule=f"{name} has a fixed order that no limit changes",
+            fix=f"leave the limit out, or choose one of {with_limit}",
+        )
+    costs.require_stages(ranks * chunks)
+    return schedule.generator(Request(ranks, microbatches, chunks, costs, memory_limit, group, time_limit_seconds))
+
+
+def _read(path: Path, ranks: int, microbatches: int) -> Program:
+    """The program in a file; it must be for these numbers."""
+    value = f"schedule={CSV + str(path)!r}"
+    try:
+        program = Program.from_csv(path.read_text())
+    except OSError as error:
+        fix = f"name a file that can be read, as in {CSV}schedule.csv"
+        raise ScheduleError(value, f"the file cannot be read ({error.strerror})", fix) from error
+    except UnicodeDecodeError as error:
+        raise ScheduleError(value, "the file is not text", "write one row a rank, as in 0F0,0B0") from error
+    except ValueError as error:
+        raise ScheduleError(value, str(error), "correct the file") from error
+    for key, found, wanted in (("ranks", program.ranks, ranks), ("microbatches", program.microbatches, microbatches)):
+        require(
+            found == wanted,
+            value=value,
+            rule=f"the program in the file is for {key}={found}, not {wanted}",
+            fix=f"set {key} to {found}, or name another file",
+        )
+    return program
