@@ -93,7 +93,7 @@ def test_what_cannot_be_generated_is_explained(
 
 def test_costs_of_another_number_of_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("forward_seconds lists 3 stages, the model has 2")):
-        generate("1f1b", 2, 4, Costs(forward_seconds=(1.0, 2.0, 3.0)))
+        generate("1f1b", 2, 4, costs=Costs(forward_seconds=(1.0, 2.0, 3.0)))
 
 
 def test_a_name_is_registered_once() -> None:

@@ -68,7 +68,7 @@ def test_per_stage_costs() -> None:
         ("1F0", 1.0, 4.0),
         ("1B0", 4.0, 6.0),
     ]
-    with pytest.raises(ValueError, match="forward_seconds lists 2 stages, the program has 3"):
+    with pytest.raises(ValueError, match="forward_seconds lists 2 stages, the model has 3"):
         simulate(generate("gpipe", 3, 1), costs)
 
 
