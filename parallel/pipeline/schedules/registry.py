@@ -161,13 +161,48 @@ def generate(
         ScheduleError: no such name, or numbers that the schedule cannot do.
         ValueError: per-stage costs for another number of stages.
     """
-    costs = costs or Costs()
+    if name.startswith(CSV):
+        program = read_csv(Path(name.removeprefix(CSV)))
+        for key, found, wanted in (
+            ("ranks", program.ranks, ranks),
+            ("microbatches", program.microbatches, microbatches),
+        ):
+            require(
+                found == wanted,
+                value=f"schedule={name!r}",
+                rule=f"the program in the file is for {key}={found}, not {wanted}",
+                fix=f"set {key} to {found}, or name another file",
+            )
+        return program
+    request = request_for(
+        name,
+        ranks,
+        microbatches,
+        chunks=chunks,
+        costs=costs,
+        memory_limit=memory_limit,
+        group=group,
+        time_limit_seconds=time_limit_seconds,
+    )
+    return find(name).generator(request)
+
+
+def request_for(
+    name: str,
+    ranks: int,
+    microbatches: int,
+    *,
+    chunks: int | None = None,
+    costs: Costs | None = None,
+    memory_limit: float | None = None,
+    group: int | None = None,
+    time_limit_seconds: float = 20.0,
+) -> Request:
+    """What `generate` asks the schedule of that name for; arguments and errors as there."""
+    schedule = find(name)
     for key, count in (("ranks", ranks), ("microbatches", microbatches), ("chunks", chunks)):
         if count is not None:
             require(count >= 1, value=f"{key}={count}", rule="must be at least 1", fix="set it to 1 or more")
-    if name.startswith(CSV):
-        return _read(Path(name.removeprefix(CSV)), ranks, microbatches)
-    schedule = find(name)
     if chunks is None:
         chunks = schedule.default_chunks
     if schedule.chunks is not None:
@@ -186,15 +221,16 @@ def generate(
             rule=f"{name} has a fixed order that no limit changes",
             fix=f"leave the limit out, or choose one of {with_limit}",
         )
+    costs = costs or Costs()
     costs.require_stages(ranks * chunks)
-    return schedule.generator(Request(ranks, microbatches, chunks, costs, memory_limit, group, time_limit_seconds))
+    return Request(ranks, microbatches, chunks, costs, memory_limit, group, time_limit_seconds)
 
 
-def _read(path: Path, ranks: int, microbatches: int) -> Program:
-    """The program in a file; it must be for these numbers."""
+def read_csv(path: Path) -> Program:
+    """The program in a file, as it is; ScheduleError if there is none."""
     value = f"schedule={CSV + str(path)!r}"
     try:
-        program = Program.from_csv(path.read_text())
+        return Program.from_csv(path.read_text())
     except OSError as error:
         fix = f"name a file that can be read, as in {CSV}schedule.csv"
         raise ScheduleError(value, f"the file cannot be read ({error.strerror})", fix) from error
@@ -202,11 +238,3 @@ def _read(path: Path, ranks: int, microbatches: int) -> Program:
         raise ScheduleError(value, "the file is not text", "write one row a rank, as in 0F0,0B0") from error
     except ValueError as error:
         raise ScheduleError(value, str(error), "correct the file") from error
-    for key, found, wanted in (("ranks", program.ranks, ranks), ("microbatches", program.microbatches, microbatches)):
-        require(
-            found == wanted,
-            value=value,
-            rule=f"the program in the file is for {key}={found}, not {wanted}",
-            fix=f"set {key} to {found}, or name another file",
-        )
-    return program
