@@ -1,4 +1,7 @@
-"""`atoll data`: build a dataset from text, look at one, verify one."""
+"""`atoll data`: build a dataset from text, look at one, verify one.
+
+What reads data is imported where it is used: every `atoll` command loads this module.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
 
 from trainer.config.problems import ConfigError
-from trainer.data.build import build_dataset
-from trainer.data.config import BuildSettings
-from trainer.data.dataset import open_dataset
-from trainer.data.manifest import SPLITS, Manifest, read_manifest
-from trainer.data.verify import file_problems
+
+if TYPE_CHECKING:
+    from trainer.data.config import BuildSettings
+    from trainer.data.manifest import Manifest
 
 app = typer.Typer(no_args_is_help=True, help="Build datasets of tokens, look at them, verify them.")
 
@@ -63,6 +63,8 @@ def build(
     ] = None,
 ) -> None:
     """Build a dataset from text files, JSONL, a directory tree or the Python standard library."""
+    from trainer.data.build import build_dataset
+
     sources: list[dict[str, Any]] = [
         {"kind": "text", "paths": text} if text else {},
         {"kind": "jsonl", "paths": jsonl} if jsonl else {},
@@ -100,6 +102,8 @@ def inspect(
     sequence: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 256,
 ) -> None:
     """Show what a dataset holds, and a sample as text."""
+    from trainer.data.dataset import open_dataset
+
     with _errors_in_words(_USAGE):
         dataset = open_dataset(path)
         decoder = dataset.tokenizer()
@@ -115,6 +119,9 @@ def inspect(
 @app.command()
 def verify(path: Annotated[Path, typer.Argument(help="Directory of the dataset.")]) -> None:
     """Compare every file of a dataset with the checksums in its manifest."""
+    from trainer.data.manifest import SPLITS, read_manifest
+    from trainer.data.verify import file_problems
+
     with _errors_in_words(_INVALID):
         manifest = read_manifest(path)
         problems = file_problems(path, manifest, full=True)
@@ -133,6 +140,10 @@ def _tokenizer(choice: str) -> dict[str, Any]:
 
 
 def _settings(**values: Any) -> BuildSettings:
+    from pydantic import ValidationError
+
+    from trainer.data.config import BuildSettings
+
     try:
         return BuildSettings.model_validate(values)
     except ValidationError as error:
@@ -157,12 +168,16 @@ def _errors_in_words(status: int) -> Iterator[None]:
 
 @contextmanager
 def _progress() -> Iterator[Any]:
+    from rich.console import Console
+
     console = Console(stderr=True)
     with console.status("reading") as status:  # shows nothing where standard error is no terminal
         yield lambda documents, size: status.update(f"{documents:,} documents, {size / 1e6:,.0f} MB of text")
 
 
 def _describe(manifest: Manifest, title: str) -> None:
+    from trainer.data.manifest import SPLITS
+
     settings, tokenizer = manifest.settings, manifest.tokenizer
     skipped = ", ".join(f"{count} {reason}" for reason, count in manifest.source.skipped.items()) or "nothing"
     typer.echo(title)
