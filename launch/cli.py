@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from launch.data_command import app as data_app
+from launch.schedule_command import app as schedule_app
 from trainer.config.overrides import split_arguments
 from trainer.config.problems import ConfigError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(schedule_app)
 
 Arguments = Annotated[
     list[str],

@@ -8,7 +8,7 @@ limit, how many activations are alive at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
@@ -17,7 +17,7 @@ from parallel.pipeline.actions import TRANSFER_OPS, Action, Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
 from parallel.pipeline.render import render_grid
-from parallel.pipeline.simulate import Sends, peak_activations, simulate
+from parallel.pipeline.simulate import Sends, Timeline, peak_activations, simulate
 
 
 class Fault(StrEnum):
@@ -92,14 +92,24 @@ def check(
 ) -> None:
     """Raise a ProgramError unless the program may run; arguments as for `verify`."""
     violations = verify(program, memory_limit, costs=costs, sends=sends)
-    if not violations:
-        return
+    if violations:
+        raise ProgramError(program, violations, explain(program, violations))
+
+
+def explain(
+    program: Program,
+    violations: Sequence[Violation],
+    *,
+    timeline: Timeline | None = None,
+    columns: int | None = None,
+) -> str:
+    """The violations, and the grid with the failing cells marked; `timeline` and `columns` as for the grid."""
     marked = {(violation.rank, violation.action) for violation in violations}
     count = f"{len(violations)} violation{'' if len(violations) == 1 else 's'}"
     lines = [f"program {program.name!r} must not run, {count}:"]
     lines += [f"  {violation}" for violation in violations]
-    lines.append(render_grid(program, marked))
-    raise ProgramError(program, violations, "\n".join(lines))
+    lines.append(render_grid(program, marked, timeline=timeline, columns=columns))
+    return "\n".join(lines)
 
 
 def _misplaced(program: Program) -> Iterator[Violation]:
