@@ -7,20 +7,46 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from parallel.layout import Layout
+from parallel.pipeline.schedules import registry
 
 
 class PipelineConfig(BaseModel):
-    """The pipeline axis: how many stages, in which order they work."""
+    """The pipeline axis: how many ranks, how many parts of the model on each, in which order they work."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    stages: int = Field(default=1, ge=1, description="How many pipeline stages the layers are cut into; one per rank.")
-    schedule: str = Field(default="1f1b", description="Which schedule orders the micro-batches; 1f1b or gpipe.")
+    stages: int = Field(default=1, ge=1, description="Pipeline ranks: over how many the layers are spread.")
+    chunks: int | None = Field(
+        default=None,
+        ge=1,
+        description="Parts of the model on each pipeline rank; null: what the schedule is made for (1 or 2).",
+    )
+    schedule: str = Field(
+        default="1f1b",
+        description="Which schedule orders the micro-batches: a name that `atoll schedule --list` shows, or csv:FILE.",
+    )
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="The most activations that a rank may hold at a time, in activations of one micro-batch on one "
+        "part of the model; null: as the schedule is published.",
+    )
+    group: int | None = Field(
+        default=None, ge=1, description="Micro-batches that run through a part before the next part's turn (gis)."
+    )
+    time_limit_seconds: float = Field(default=20.0, gt=0, description="For schedules that search (zb-ilp).")
     partition: tuple[int, ...] | None = Field(
         default=None,
-        description="Transformer blocks per stage, first stage first; null: balanced by cost (embedding and head "
-        "have weight).",
+        description="Transformer blocks per part of the model, in the order of the forward pass; null: balanced by "
+        "cost (embedding and head have weight).",
     )
+
+    def parts(self) -> int:
+        """Into how many parts the model is cut.
+
+        Raises:
+            ScheduleError: nobody says how many, and there is no such schedule.
+        """
+        return registry.model_parts(self.schedule, self.stages, self.chunks)
 
 
 class ParallelConfig(BaseModel):

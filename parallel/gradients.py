@@ -6,13 +6,17 @@ gradient tensor is ever allocated, zeroed or copied. Everything else goes throug
 
 A weight gradient is needed by nobody until the reduction, while the input gradient is what the layer below
 waits for. So layers do not compute it on the spot: they submit it to the stage's `WeightGradients`, which may run
-it at once, hold it until there is communication to hide (tensor parallelism), or keep it for a later action.
+it at once, hold it until there is communication to hide (tensor parallelism), or keep it for a later action. The
+last is all that a split backward is: I is a backward pass that keeps this work, W runs it. What autograd saved is
+freed by I; W holds the two factors of each product, and frees them one by one. Gradients that autograd computes
+itself (norm weights) are kept as tensors. Nothing runs twice, recomputation included.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -34,15 +38,15 @@ def slot_of(parameter: Tensor) -> GradientSlot:
     return slot
 
 
-def attach_slot(parameter: nn.Parameter, slot: GradientSlot) -> None:
-    """Send every gradient of `parameter` to `slot`, whichever way it comes."""
+def attach_slot(parameter: nn.Parameter, slot: GradientSlot, gradients: WeightGradients) -> None:
+    """Send every gradient of `parameter` to `slot`, whichever way it comes, through its stage's `gradients`."""
     parameter.gradient_slot = slot  # type: ignore[attr-defined]
 
     def move(parameter: Tensor) -> None:
         gradient = parameter.grad
         if gradient is None:
             return  # the layer writes to the slot itself; autograd calls the hook all the same
-        slot.accumulate(lambda view, fresh: add_into(view, gradient, fresh))
+        gradients.submit(lambda: slot.accumulate(lambda view, fresh: add_into(view, gradient, fresh)))
         parameter.grad = None
 
     parameter.register_post_accumulate_grad_hook(move)
@@ -74,25 +78,59 @@ def multiply_into(view: Tensor, left_NM: Tensor, right_NK: Tensor, fresh: bool) 
         add_into(view, torch.mm(transposed, right_NK), fresh)
 
 
+Work = Callable[[], None]
+
+
 class WeightGradients:
     """Weight-gradient work of a stage that waits for its moment, oldest first.
 
-    Attributes:
-        hold: False: run at once. True: keep until `drain`.
+    Args:
+        hold: Within a whole backward pass - False: run at once. True: hold until `drain`.
     """
 
     def __init__(self, *, hold: bool = False) -> None:
         self.hold = hold
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[Work] = deque()
+        self._kept: dict[int, deque[Work]] = {}
+        self._keeping: deque[Work] | None = None
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Run `work` now, or keep it."""
-        if self.hold:
+    def submit(self, work: Work) -> None:
+        """Run `work` now, or when its moment comes."""
+        if self._keeping is not None:
+            self._keeping.append(work)
+        elif self.hold:
             self._waiting.append(work)
         else:
             work()
 
     def drain(self) -> None:
-        """Run everything that waits."""
+        """Run what is held; what is kept for a W stays."""
         while self._waiting:
             self._waiting.popleft()()
+
+    @contextmanager
+    def keep(self, microbatch: int) -> Iterator[None]:
+        """Keep everything that is submitted within, for `run`."""
+        self._keeping = self._kept[microbatch] = deque()
+        try:
+            yield
+        finally:
+            self._keeping = None
+
+    def run(self, microbatches: Sequence[int]) -> None:
+        """Run what was kept for these micro-batches.
+
+        Several are run product by product, and micro-batch by micro-batch within each: the gradient of the first
+        parameter is complete, and its reduction under way, while the others are still being computed
+        (zero-bubble paper, arXiv:2401.10241, appendix A).
+        """
+        kept = [self._kept.pop(microbatch) for microbatch in microbatches]
+        while any(kept):
+            for queue in kept:
+                if queue:
+                    queue.popleft()()
+
+    def abandon(self) -> None:
+        """Forget everything (after an error)."""
+        self._waiting.clear()
+        self._kept.clear()

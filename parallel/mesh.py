@@ -22,6 +22,7 @@ from parallel.layout import AXES, Layout
 GROUPS: tuple[tuple[str, ...], ...] = (
     *((axis,) for axis in AXES),
     ("data_shard", "data_replicate"),
+    ("tensor", "data_shard"),
     ("tensor", "pipeline"),
     ("tensor", "data_shard", "pipeline"),
     AXES,
@@ -31,7 +32,11 @@ copy, and all ranks."""
 
 
 class Mesh:
-    """This rank's place in the layout and its channel along any set of axes in `GROUPS`."""
+    """This rank's place in the layout and its channel along any set of axes in `GROUPS`.
+
+    Attributes:
+        beside_pipeline: The pipeline axis once more, for messages that are not part of a program's transfers.
+    """
 
     def __init__(
         self,
@@ -51,7 +56,7 @@ class Mesh:
         """
         if dist.get_world_size() != layout.world_size:
             raise ValueError(f"{dist.get_world_size()} ranks were started for a layout of {layout.world_size}")
-        self.layout = layout
+        self.layout: Layout = layout
         self.rank = dist.get_rank()
         self.position = layout.coordinates(self.rank)
         # DeviceMesh counts its last dimension fastest.
@@ -64,6 +69,12 @@ class Mesh:
                 # DeviceMesh gives its groups torch's half hour, whatever the default group was told.
                 _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
             self._channels[frozenset(axes)] = Channel(group, algorithm, timeout_seconds)
+        # Pipeline ranks also meet once a step, about copies of weights and the global norm. Between two ranks messages
+        # match by their order alone, so what belongs to another clock needs a group of its own.
+        beside, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in layout.groups("pipeline")])
+        if timeout_seconds is not None:
+            _set_pg_timeout(timedelta(seconds=timeout_seconds), beside)
+        self.beside_pipeline = Channel(beside, algorithm, timeout_seconds)
 
     def _group(self, axes: tuple[str, ...]) -> dist.ProcessGroup:
         if len(axes) == len(AXES):

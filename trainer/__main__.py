@@ -11,15 +11,14 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from parallel.pipeline.render import render_grid
-from trainer.build import build_program, numbers_of
 from trainer.config.overrides import split_arguments
 from trainer.config.problems import ConfigError
 from trainer.config.rules import resolve
 from trainer.config.run import load_config
 from trainer.environment import describe
 from trainer.loop import Loop
-from trainer.models.partition import stage_units
 from trainer.process import die_with_parent
+from trainer.program import build_program, numbers_of, units_of_parts
 from trainer.session import Place, Session, open_session
 from trainer.signals import Signals
 
@@ -68,7 +67,6 @@ def introduction(session: Session) -> str:
     """What is about to run, in a few lines."""
     run, config, numbers = session.run, session.config, numbers_of(session.run)
     batch, layout = run.batch, run.layout
-    units = stage_units(config.model, config.train.sequence, layout.pipeline, config.parallel.pipeline.partition)
     manifest = session.dataset.manifest
     lines = [
         f"run        {session.directory.path}",
@@ -78,7 +76,7 @@ def introduction(session: Session) -> str:
         f"{batch.gradient_accumulation} x data ranks {layout.data}; {config.train.sequence} tokens each",
         f"data       {session.dataset.directory}: {manifest.train.tokens:,} tokens to train on, "
         f"{manifest.eval.tokens:,} held out",
-        *(f"stage {index}    {_span_of(names)}" for index, names in enumerate(units)),
+        *(f"stage {index}    {_span_of(names)}" for index, names in enumerate(units_of_parts(run))),
     ]
     if layout.pipeline > 1:
         lines += ["program", render_grid(build_program(run))]

@@ -7,7 +7,8 @@ because wrapping must see the final modules), and only then filled with weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -17,31 +18,25 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.comm.channel import Channel
 from parallel.flat.buffers import FlatParameters
-from parallel.flat.space import FlatSpace, ParameterSpec, build_space
+from parallel.flat.space import FlatSpace, build_space
 from parallel.gradients import WeightGradients, attach_slot
 from parallel.mesh import Mesh, PaperMesh
 from parallel.pipeline.actions import Op
 from parallel.pipeline.executor import Executor, Observer, unobserved
 from parallel.pipeline.passes.forward import forward_only
-from parallel.pipeline.passes.reduce import add_reduce
-from parallel.pipeline.passes.transfers import pair_transfers
-from parallel.pipeline.passes.update import add_update
 from parallel.pipeline.program import Program
-from parallel.pipeline.schedules import registry
 from parallel.pipeline.stage import Stage
-from parallel.pipeline.verify import check
 from parallel.tensor.functions import cross_entropy
 from parallel.tensor.plan import apply_plan, parameter_specs
-from parallel.zero.config import ThreeNumbers
+from parallel.zero.copies import CopiedGradients
 from parallel.zero.gradients import DataChannels, GradientStore
 from parallel.zero.optimizer import ShardedOptimizer
-from parallel.zero.tied import TiedGradient
 from trainer.config.run import ResolvedRun
 from trainer.engine import Engine, OptimizerStep
 from trainer.models.decoder import TENSOR_PLAN, unit_builders
 from trainer.models.initialize import initial_weight
-from trainer.models.partition import stage_units
 from trainer.optim.kernels import make_kernel
+from trainer.program import build_program, numbers_of, units_of_parts
 
 _EMBED = "embed"
 _EMBED_WEIGHT = "embed.tokens.weight"
@@ -49,90 +44,107 @@ _EMBED_WEIGHT = "embed.tokens.weight"
 
 @dataclass(frozen=True)
 class StageModules:
-    """The modules of this rank's stage.
+    """The modules of one stage of this rank.
 
     Attributes:
-        index: The stage's number.
+        index: The stage's number in the program.
         chain: Names of the units that the forward runs, in order.
-        modules: All units that hold weights here; with tied embeddings the last stage holds a copy of the embedding
-            that is not in its chain.
+        modules: All units that hold weights for it; with tied embeddings a head whose embedding is on another rank
+            comes with a copy of the embedding that is not in its chain.
+        copied: Whether another stage, with a lower number, holds the same part of the model.
         gradients: Queue of the stage's weight-gradient work.
     """
 
     index: int
     chain: tuple[str, ...]
     modules: dict[str, nn.Module]
+    copied: bool
     gradients: WeightGradients
 
 
-def numbers_of(run: ResolvedRun) -> ThreeNumbers:
-    """The three ZeRO numbers for the run's layout."""
-    return run.config.zero.numbers(run.layout.data_shard)
-
-
-def build_program(run: ResolvedRun) -> Program:
-    """The program of a training step: generated, verified, and completed by the passes."""
-    stages = run.layout.pipeline
-    program = registry.generate(run.config.parallel.pipeline.schedule, stages, run.batch.gradient_accumulation)
-    program = pair_transfers(program)
-    program = add_reduce(program, per_microbatch=numbers_of(run).grads > 1)
-    program = add_update(program)
-    check(program)
-    return program
-
-
-def build_modules(run: ResolvedRun, mesh: Mesh | PaperMesh) -> StageModules:
+def build_modules(run: ResolvedRun, mesh: Mesh | PaperMesh, program: Program) -> list[StageModules]:
     """This rank's share of the model: parallel modules on the meta device, without memory."""
-    model, pipeline = run.config.model, run.config.parallel.pipeline
-    index = mesh.position["pipeline"]
-    chain = stage_units(model, run.config.train.sequence, pipeline.stages, pipeline.partition)[index]
-    held = dict.fromkeys(chain)
-    if model.tied_embeddings and "head" in chain:
-        held[_EMBED] = None
+    rank = mesh.position["pipeline"]
     # On paper there is no channel, but layers need one only when they run; their shapes need its size and index.
     tensor = cast(Channel, mesh.channel("tensor"))
-    gradients = WeightGradients(hold=tensor.size > 1)
-    builders = unit_builders(model)
-    with torch.device("meta"):
-        modules = {name: apply_plan(name, builders[name](), TENSOR_PLAN, tensor, gradients) for name in held}
-    return StageModules(index, chain, modules, gradients)
+    parts, builders = units_of_parts(run), unit_builders(run.config.model)
+    stages: list[StageModules] = []
+    held: set[str] = set()
+    for index in program.stages_of(rank):
+        chain = parts[program.part_of(index)]
+        names = dict.fromkeys(chain)
+        if (
+            run.config.model.tied_embeddings
+            and "head" in chain
+            and program.rank_of(index - program.part_of(index)) != rank
+        ):
+            names[_EMBED] = None
+        gradients = WeightGradients(hold=tensor.size > 1)
+        with torch.device("meta"):
+            modules = {name: apply_plan(name, builders[name](), TENSOR_PLAN, tensor, gradients) for name in names}
+        assert held.isdisjoint(modules), "a rank holds a unit once"
+        held.update(modules)
+        copied = index >= program.depth
+        stages.append(StageModules(index, chain, modules, copied, gradients))
+    return stages
 
 
-def build_space_of(run: ResolvedRun, mesh: Mesh | PaperMesh, stage: StageModules) -> FlatSpace:
+def build_space_of(run: ResolvedRun, mesh: Mesh | PaperMesh, stages: Sequence[StageModules]) -> FlatSpace:
     """The flat space of this rank's units."""
     tied = run.config.model.tied_embeddings
     units = []
-    for name, module in stage.modules.items():
-        specs = parameter_specs(name, module, cast(Channel, mesh.channel("tensor")))
-        if tied and name == "head":
-            specs = [spec for spec in specs if spec.name != "head.projection.weight"]
-        if name not in stage.chain:
-            specs = [_copy_of(spec) for spec in specs]
-        units.append((name, stage.index, specs))
+    for stage in stages:
+        for name, module in stage.modules.items():
+            specs = parameter_specs(name, module, cast(Channel, mesh.channel("tensor")))
+            if tied and name == "head":
+                specs = [spec for spec in specs if spec.name != "head.projection.weight"]
+            if stage.copied or name not in stage.chain:
+                specs = [replace(spec, tied_to=spec.name) for spec in specs]
+            units.append((name, stage.index, specs))
     return build_space(units, splits=(run.layout.data_shard,))
 
 
-def _copy_of(spec: ParameterSpec) -> ParameterSpec:
-    return ParameterSpec(
-        spec.name, spec.shape, spec.full_shape, spec.shard_dim, spec.shard_index, spec.decay, spec.name
-    )
+def all_modules(stages: Sequence[StageModules]) -> dict[str, nn.Module]:
+    """The units of all stages of a rank by name."""
+    return {name: module for stage in stages for name, module in stage.modules.items()}
 
 
-def attach_parameters(run: ResolvedRun, stage: StageModules, parameters: FlatParameters) -> None:
+def attach_parameters(run: ResolvedRun, stages: Sequence[StageModules], parameters: FlatParameters) -> None:
     """Make the modules' parameters views of the flat buffer; a tied head shares the embedding's."""
-    parameters.attach(stage.modules)
-    if run.config.model.tied_embeddings and "head" in stage.modules:
-        stage.modules["head"].get_submodule("projection").weight = parameters.parameters[_EMBED_WEIGHT]
+    modules = all_modules(stages)
+    parameters.attach(modules)
+    if run.config.model.tied_embeddings and "head" in modules:
+        modules["head"].get_submodule("projection").weight = parameters.parameters[_EMBED_WEIGHT]
 
 
-def attach_gradients(run: ResolvedRun, stage: StageModules, parameters: FlatParameters, store: GradientStore) -> None:
+def attach_gradients(
+    run: ResolvedRun, stages: Sequence[StageModules], parameters: FlatParameters, store: GradientStore
+) -> None:
     """Give every parameter its gradient slot. A tied weight whose embedding and head are here has two writers."""
-    both = run.config.model.tied_embeddings and {_EMBED, "head"} <= set(stage.chain)
+    queues = {stage.index: stage.gradients for stage in stages}
     for unit in parameters.space.units:
         for slot in unit.slots:
             name = slot.spec.name
-            uses = 2 if both and name == _EMBED_WEIGHT else 1
-            attach_slot(parameters.parameters[name], store.slot(unit.name, name, uses))
+            attach_slot(parameters.parameters[name], store.slot(unit.name, name), queues[unit.stage])
+    chains = {name: stage.index for stage in stages for name in stage.chain}
+    if run.config.model.tied_embeddings and {_EMBED, "head"} <= set(chains):
+        store.add_writer(_EMBED, chains["head"])
+
+
+def copy_peers(run: ResolvedRun, program: Program, rank: int, stages: Sequence[StageModules]) -> dict[str, int]:
+    """For each unit whose weights another pipeline rank holds as well, that rank."""
+    peers = {}
+    for stage in stages:
+        for name in stage.modules:
+            if name not in stage.chain:
+                peers[name] = program.rank_of(stage.index - program.part_of(stage.index))
+            for twin in program.twins_of(stage.index):
+                peers[name] = program.rank_of(twin)
+        if run.config.model.tied_embeddings and _EMBED in stage.chain:
+            head = program.rank_of(stage.index + program.depth - 1)
+            if head != rank:
+                peers.setdefault(_EMBED, head)
+    return peers
 
 
 def recompute_units(run: ResolvedRun, stage: StageModules) -> list[tuple[str, nn.Module]]:
@@ -180,40 +192,43 @@ def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: O
     """Everything that this rank trains with, with initial weights (on the meta device: shapes only)."""
     config, numbers = run.config, numbers_of(run)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
-    stage_modules = build_modules(run, mesh)
-    space = build_space_of(run, mesh, stage_modules)
+    program = build_program(run)
+    stages = build_modules(run, mesh, program)
+    space = build_space_of(run, mesh, stages)
     parameters = FlatParameters(space, dtype, device)
-    attach_parameters(run, stage_modules, parameters)
+    attach_parameters(run, stages, parameters)
     data = DataChannels(
         mesh.channel("data_shard"), mesh.channel("data_replicate"), mesh.channel("data_shard", "data_replicate")
     )
-    store = GradientStore(space, numbers, data, device)
-    attach_gradients(run, stage_modules, parameters, store)
+    passes = {stage.index: len(program.microbatches_of(stage.index)) for stage in stages}
+    store = GradientStore(space, numbers, data, device, passes)
+    attach_gradients(run, stages, parameters, store)
     optimizer = ShardedOptimizer(parameters, store, make_kernel(config.optimizer))
-    units = recompute_units(run, stage_modules)
+    chains = [recompute_units(run, stage) for stage in stages]
     if device.type != "meta":
         initialize(run, parameters)
         optimizer.adopt_parameters()
 
-    tied_share = store.units[_EMBED].owned if config.model.tied_embeddings and _EMBED in store.units else None
-    tied = TiedGradient(mesh.channel("pipeline"), tied_share)
-    step = OptimizerStep(mesh, optimizer, space, tied, config.optimizer.grad_clip)
-    is_last = stage_modules.index == run.layout.pipeline - 1
-    stage = Stage(
-        stage_modules.index,
-        units,
-        partial(_loss, mesh, config.train.sequence * run.batch.global_batch) if is_last else None,
-        stage_modules.gradients,
-        store,
-        partial(await_weights, run, optimizer),
-    )
-    program = build_program(run)
+    pipeline = mesh.channel("pipeline")
+    copies = CopiedGradients(mesh.beside_pipeline, store, copy_peers(run, program, pipeline.index, stages))
+    step = OptimizerStep(mesh, optimizer, space, copies, config.optimizer.grad_clip)
+    tokens = config.train.sequence * run.batch.global_batch
+    running = {
+        stage.index: Stage(
+            stage.index,
+            chain,
+            partial(_loss, mesh, tokens) if program.after(stage.index) is None else None,
+            stage.gradients,
+            store,
+            partial(await_weights, run, optimizer),
+        )
+        for stage, chain in zip(stages, chains, strict=True)
+    }
     shape = (run.batch.micro_batch, config.train.sequence, config.model.hidden)
     border = torch.empty(shape, dtype=dtype, device=device)
-    handlers = {Op.REDUCE: step.reduce, Op.UPDATE: step.update, Op.GATHER: step.gather}
+    handlers = {Op.REDUCE: step.reduce, Op.SYNC: step.sync, Op.UPDATE: step.update, Op.GATHER: step.gather}
     train, evaluate = (
-        Executor(each, {stage.index: stage}, mesh.channel("pipeline"), border, handlers, observer)
-        for each in (program, forward_only(program))
+        Executor(each, running, pipeline, border, handlers, observer) for each in (program, forward_only(program))
     )
     return Engine(mesh, space, parameters, optimizer, step, program, train, evaluate)
 

@@ -18,13 +18,14 @@ from parallel.pipeline.program import Program
 from parallel.pipeline.render import render_grid
 from parallel.pipeline.simulate import simulate
 from parallel.topology import Topology
-from trainer.build import build_engine, build_modules, build_program, build_space_of, numbers_of
+from trainer.build import build_engine, build_modules, build_space_of
 from trainer.config.overrides import split_arguments
 from trainer.config.problems import ConfigError, Problem
 from trainer.config.rules import resolve
 from trainer.config.run import ResolvedRun, load_config, local_ranks
 from trainer.engine import Engine
 from trainer.memory import estimate_memory
+from trainer.program import build_program, numbers_of, units_of_parts
 
 _SHOWN_RANKS = 16
 _SHOWN_COLUMNS = 400
@@ -109,13 +110,14 @@ def _axes(run: ResolvedRun) -> str:
 
 
 def _stages(run: ResolvedRun, program: Program) -> str:
-    """Units, parameters and memory of one rank of every stage."""
-    rows = [["stage", "units", "parameters", "weights", "gradients", "optimizer", "activations", "sum MB"]]
+    """Units, parameters and memory of one rank of every pipeline position."""
+    rows = [["rank", "units", "parameters", "weights", "gradients", "optimizer", "activations", "sum MB"]]
+    parts = units_of_parts(run)
     for index in range(run.layout.pipeline):
         mesh = PaperMesh(run.layout, run.layout.rank_at(pipeline=index))
-        stage = build_modules(run, mesh)
-        space = build_space_of(run, mesh, stage)
-        memory = estimate_memory(run, space, numbers_of(run), stage.chain, program, index)
+        stages = build_modules(run, mesh, program)
+        space = build_space_of(run, mesh, stages)
+        memory = estimate_memory(run, space, numbers_of(run), parts, program, index)
         sizes = (
             memory.parameters_bytes,
             memory.gradients_bytes,
@@ -123,10 +125,15 @@ def _stages(run: ResolvedRun, program: Program) -> str:
             memory.activations_bytes,
             memory.total_bytes,
         )
-        units = f"{stage.chain[0]} .. {stage.chain[-1]}"
+        units = ", ".join(span_of(stage.chain) for stage in stages)
         rows.append([str(index), units, f"{space.parameters:,}", *(f"{size / 1e6:,.1f}" for size in sizes)])
-    title = "per rank of each stage: parameters, and memory in MB (activations derived, see trainer/memory.py)"
+    title = "one rank of each pipeline position: parameters, memory in MB (activations derived, see trainer/memory.py)"
     return f"{title}\n" + _indented(_table(rows))
+
+
+def span_of(chain: Sequence[str]) -> str:
+    """The units of a stage, first to last."""
+    return chain[0] if len(chain) == 1 else f"{chain[0]} .. {chain[-1]}"
 
 
 def _program(program: Program) -> str:

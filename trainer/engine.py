@@ -21,8 +21,8 @@ from parallel.mesh import Mesh
 from parallel.pipeline.actions import Action
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.program import Program
+from parallel.zero.copies import CopiedGradients
 from parallel.zero.optimizer import ShardedOptimizer
-from parallel.zero.tied import TiedGradient
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class StepResult:
 
 
 class OptimizerStep:
-    """The tail of a step's program: the handlers of `REDUCE`, `UPDATE` and `GATHER`.
+    """The tail of a step's program: the handlers of `REDUCE`, `SYNC`, `UPDATE` and `GATHER`.
 
     The global norm, and with it the decision to clip or to skip, is made once, by the first UPDATE of the step.
     """
 
     def __init__(
-        self, mesh: Mesh, optimizer: ShardedOptimizer, space: FlatSpace, tied: TiedGradient, clip: float | None
+        self, mesh: Mesh, optimizer: ShardedOptimizer, space: FlatSpace, copies: CopiedGradients, clip: float | None
     ) -> None:
-        self.gradients, self.optimizer, self.tied, self.clip = optimizer.gradients, optimizer, tied, clip
+        self.gradients, self.optimizer, self.copies, self.clip = optimizer.gradients, optimizer, copies, clip
         axes = ("tensor", "data_shard", "pipeline") if optimizer.sharded else ("tensor", "pipeline")
         self.norm_channel = mesh.channel(*axes)
         self.counted = {unit.name: counted_ranges(unit.slots, mesh.position["tensor"]) for unit in space.units}
@@ -62,10 +62,18 @@ class OptimizerStep:
         """A step begins; its updates will use learning rate `lr`."""
         self.lr, self._decision = lr, None
         self.gradients.begin_step()
+        self.copies.begin_step()
 
     def reduce(self, action: Action) -> None:
-        """A stage's units were reduced as they became ready, inside its last backward; finish what is under way."""
-        self.gradients.advance()
+        """A stage's units were reduced as they became ready, inside its last backward; move on what is under way."""
+        if action.microbatch is None:
+            self.gradients.close(action.stage)
+        else:
+            self.gradients.advance()
+
+    def sync(self, action: Action) -> None:
+        """Start to sum a stage's reduced gradients with those of the stage's copy."""
+        self.copies.sync(action.stage)
 
     def update(self, action: Action) -> None:
         """Update the owned ranges of a stage."""
@@ -79,8 +87,7 @@ class OptimizerStep:
     def decision(self) -> tuple[Tensor, Tensor, Tensor]:
         """Global gradient norm, what the gradients are divided by, and 1 if the step is skipped; each shape ()."""
         if self._decision is None:
-            self.gradients.finish()
-            self.tied.sum()
+            self.copies.finish()
             squared = self.optimizer.norm_squared(self.counted).view(1)
             Pending(self.norm_channel.all_reduce(squared)).finish()
             norm = squared.sqrt()[0]

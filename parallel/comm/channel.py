@@ -14,7 +14,7 @@ native algorithms use the links between several devices at once and win.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 
@@ -129,6 +129,21 @@ class Channel:
     def receive(self, tensor: Tensor, peer: int) -> Waitable:
         """Start to receive into a contiguous tensor from rank `peer` of the group."""
         return self._work(dist.irecv(tensor, group=self.group, group_src=peer))
+
+    def transfer(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[Waitable]:
+        """Start transfers that may proceed together: (tensor, peer) each; one work per send, then one per receive.
+
+        On NCCL they are one batch, so that two ranks that both send first do not wait for each other, and all
+        transfers of this kind take the same communicator, which single sends and receives would not. On gloo every
+        message proceeds by itself.
+        """
+        if dist.get_backend(self.group) == "gloo":
+            return [self.send(*each) for each in sends] + [self.receive(*each) for each in receives]
+        operations = [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for tensor, peer in sends]
+        operations += [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for tensor, peer in receives]
+        works = dist.batch_isend_irecv(operations)
+        # A coalesced batch has one work for all; a back end without coalescing has one each.
+        return [self._work(works[min(index, len(works) - 1)]) for index in range(len(operations))]
 
     def _work(self, work: dist.Work | None) -> Waitable:
         assert work is not None, "an asynchronous operation on a group that this rank belongs to returns its work"

@@ -3,21 +3,26 @@
 The rank walks its list of actions. Compute runs in the calling thread (on a GPU: in its stream). A receive only
 posts its buffer, a send only starts; the transfers proceed in the back end while compute goes on, and an action
 waits for what the rule table says it needs: a forward for its input, a backward for the gradient of its output.
-Everything that is not compute or transfer - reductions, updates, gathers - is a handler given by whoever owns
-that part, so a new op is a new entry and not a branch here.
+Everything that is not compute or transfer - reductions, updates, gathers, copies of activations - is a handler given
+by whoever owns that part, so a new op is a new entry and not a branch here.
+
+Two things are decided once, when the program is read: transfers with nothing between them start together
+(`Channel.transfer`), and the W's that close a stage's step without anything between them run as one, parameter by
+parameter (`WeightGradients.run`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from parallel.comm.channel import Channel, Waitable
-from parallel.pipeline.actions import Action, Op
+from parallel.pipeline.actions import PASS_OPS, SEND_OPS, TRANSFER_OPS, Action, Op
 from parallel.pipeline.program import Program
 from parallel.pipeline.stage import Stage
 
@@ -25,13 +30,20 @@ Handler = Callable[[Action], None]
 Observer = Callable[[str, Action], AbstractContextManager[None]]
 """Called as observer(kind, action) around every "run" of an action and every "wait" for its inputs."""
 
-_SENDS_UNDER_WAY = 4
+_SENDS_UNDER_WAY = 8
 """Sends whose buffers are kept before the oldest is awaited; the verified order makes any number safe."""
 
 
 def unobserved(kind: str, action: Action) -> AbstractContextManager[None]:
     """The observer that sees nothing."""
     return nullcontext()
+
+
+class _Arriving(NamedTuple):
+    """What a pass consumes, and the transfer that fills it."""
+
+    tensor: Tensor
+    work: Waitable | None
 
 
 class Executor:
@@ -58,24 +70,18 @@ class Executor:
         observer: Observer = unobserved,
     ) -> None:
         self.program, self.stages, self.channel, self.activation = program, stages, channel, activation
-        self.observer = observer
+        self.handlers, self.observer = handlers, observer
         self.actions = program.actions[channel.index]
-        self.handlers: dict[Op, Handler] = {
-            Op.F: self._forward,
-            Op.B: self._backward,
-            Op.SEND_F: self._send_forward,
-            Op.SEND_I: self._send_gradient,
-            Op.RECV_F: self._receive_forward,
-            Op.RECV_I: self._receive_gradient,
-            **{op: self._observed(handler) for op, handler in handlers.items()},
-        }
-        unknown = sorted({action.op for action in self.actions} - set(self.handlers))
+        known = {*PASS_OPS, *TRANSFER_OPS, *handlers}
+        unknown = sorted({action.op for action in self.actions} - known)
         if unknown:
             raise ValueError(f"program {program.name!r} has ops that nothing here handles: {', '.join(unknown)}")
-        # (op of the consumer, stage, micro-batch) -> tensor and the transfer that fills it.
-        self._ready: dict[tuple[Op, int, int], tuple[Tensor, Waitable | None]] = {}
-        self._outgoing: dict[tuple[Op, int, int], Tensor] = {}
-        self._sends: deque[tuple[Waitable, Tensor]] = deque()
+        self._groups = _groups(self.actions)
+        # Keyed by (stage, micro-batch) of the pass that consumes or has produced the tensor.
+        self._inputs: dict[tuple[int, int], _Arriving] = {}
+        self._gradients: dict[tuple[int, int], _Arriving] = {}
+        self._outgoing: dict[Action, Tensor] = {}
+        self._sends: deque[_Arriving] = deque()
         self._losses: dict[int, Tensor] = {}
         self._train = True
 
@@ -83,96 +89,140 @@ class Executor:
         """Execute the program once.
 
         Args:
-            tokens, targets: One (B, S) tensor per micro-batch; read by the first and by the last stage.
+            tokens, targets: One (B, S) tensor per micro-batch; read by the first and by the last stages.
             train: False for a program of forwards only: nothing is kept for a backward.
 
         Returns:
-            The loss of each micro-batch, in order, on the rank of the last stage; nothing elsewhere.
+            The losses of the micro-batches that end on this rank, in order.
         """
         self._train, self._losses, self._targets = train, {}, targets
-        for microbatch, batch in enumerate(tokens):
-            self._ready[Op.F, 0, microbatch] = (batch, None)
-        for action in self.actions:
+        for stage in self.stages:
+            if self.program.before(stage) is None:
+                for microbatch in self.program.microbatches_of(stage):
+                    self._inputs[stage, microbatch] = _Arriving(tokens[microbatch], None)
+        for group in self._groups:
             try:
-                self.handlers[action.op](action)
+                self._execute(group)
             except Exception as error:
-                error.add_note(f"while pipeline rank {self.channel.index} executed {action} of {self.program.name!r}")
-                for stage in self.stages.values():
-                    stage.abandon()
+                error.add_note(f"while pipeline rank {self.channel.index} executed {group[0]} of {self.program.name!r}")
+                for each in self.stages.values():
+                    each.abandon()
                 raise
         self._await_sends(0)
-        self._ready.clear()
+        self._inputs.clear()
         return [self._losses[microbatch] for microbatch in sorted(self._losses)]
 
-    def _observed(self, handler: Handler) -> Handler:
-        def handle(action: Action) -> None:
-            with self.observer("run", action):
-                handler(action)
+    def _execute(self, group: tuple[Action, ...]) -> None:
+        """One action, or several that start together."""
+        action = group[0]
+        match action.op:
+            case Op.F:
+                self._forward(action)
+            case Op.B | Op.I:
+                self._backward(action)
+            case Op.W:
+                self._weight_gradients(group)
+            case op if op in TRANSFER_OPS:
+                self._transfer(group)
+            case _:
+                with self.observer("run", action):
+                    self.handlers[action.op](action)
 
-        return handle
-
-    def _take(self, op: Op, action: Action) -> Tensor:
-        """The tensor that a compute action consumes, once it has arrived."""
-        tensor, work = self._ready.pop((op, action.stage, _microbatch(action)))
+    def _take(self, arriving: dict[tuple[int, int], _Arriving], action: Action) -> Tensor:
+        """The tensor that a pass consumes, once it has arrived."""
+        tensor, work = arriving.pop((action.stage, _microbatch(action)))
         if work is not None:
             with self.observer("wait", action):
                 work.wait()
         return tensor
 
-    def _hand_over(self, consumer: Op, stage: int, microbatch: int, tensor: Tensor, producer: Action) -> None:
-        """A result goes to the neighbouring stage: at once on this rank, or when its send comes up."""
-        if stage in self.stages:
-            self._ready[consumer, stage, microbatch] = (tensor, None)
-        else:
-            self._outgoing[producer.op, producer.stage, microbatch] = tensor
-
     def _forward(self, action: Action) -> None:
         microbatch = _microbatch(action)
-        x = self._take(Op.F, action)
-        last = action.stage == self.program.stages - 1
+        x = self._take(self._inputs, action)
+        after = self.program.after(action.stage)
         with self.observer("run", action):
-            targets = self._targets[microbatch] if last else None
+            targets = self._targets[microbatch] if after is None else None
             output = self.stages[action.stage].forward(microbatch, x, targets, train=self._train)
-        if last:
+        if after is None:
             self._losses[microbatch] = output
+        elif after in self.stages:
+            self._inputs[after, microbatch] = _Arriving(output, None)
         else:
-            self._hand_over(Op.F, action.stage + 1, microbatch, output, action)
+            self._outgoing[Action(Op.SEND_F, action.stage, microbatch)] = output
 
     def _backward(self, action: Action) -> None:
-        microbatch = _microbatch(action)
-        last = action.stage == self.program.stages - 1
-        gradient = None if last else self._take(Op.B, action)
+        """B or I: both take the output's gradient and give the input's."""
+        microbatch, stage = _microbatch(action), self.stages[action.stage]
+        gradient = None if self.program.after(action.stage) is None else self._take(self._gradients, action)
         with self.observer("run", action):
-            dx = self.stages[action.stage].backward(microbatch, gradient, self.program.microbatches)
-        if action.stage > 0:
-            assert dx is not None
-            self._hand_over(Op.B, action.stage - 1, microbatch, dx, action)
+            if action.op is Op.B:
+                dx = stage.backward(microbatch, gradient)
+            else:
+                dx = stage.input_gradient(microbatch, gradient)
+        before = self.program.before(action.stage)
+        if before is None:
+            return
+        assert dx is not None, "the input of a stage behind the first has a gradient"
+        if before in self.stages:
+            self._gradients[before, microbatch] = _Arriving(dx, None)
+        else:
+            self._outgoing[Action(Op.SEND_I, action.stage, microbatch)] = dx
 
-    def _send_forward(self, action: Action) -> None:
-        self._send(self._outgoing.pop((Op.F, action.stage, _microbatch(action))), action.stage + 1)
+    def _weight_gradients(self, group: tuple[Action, ...]) -> None:
+        with ExitStack() as observed:
+            for action in group:
+                observed.enter_context(self.observer("run", action))
+            self.stages[group[0].stage].weight_gradient([_microbatch(action) for action in group])
 
-    def _send_gradient(self, action: Action) -> None:
-        self._send(self._outgoing.pop((Op.B, action.stage, _microbatch(action))), action.stage - 1)
-
-    def _send(self, tensor: Tensor, stage: int) -> None:
-        tensor = tensor.contiguous()
-        self._sends.append((self.channel.send(tensor, self.program.rank_of(stage)), tensor))
+    def _transfer(self, group: tuple[Action, ...]) -> None:
+        sends, receives = [], []
+        for action in group:
+            if action.op in SEND_OPS:
+                sends.append((self._outgoing.pop(action).contiguous(), self._peer(action)))
+            else:
+                receives.append((torch.empty_like(self.activation), self._peer(action)))
+        works = self.channel.transfer(sends, receives)
+        arriving = iter(zip(receives, works[len(sends) :], strict=True))
+        for action in group:
+            if action.op not in SEND_OPS:
+                (buffer, _), work = next(arriving)
+                place = self._inputs if action.op is Op.RECV_F else self._gradients
+                place[action.stage, _microbatch(action)] = _Arriving(buffer, work)
+        self._sends += [_Arriving(tensor, work) for (tensor, _), work in zip(sends, works, strict=False)]
         self._await_sends(_SENDS_UNDER_WAY)
+
+    def _peer(self, action: Action) -> int:
+        """The rank at the other end of a transfer."""
+        forwards = action.op in (Op.SEND_F, Op.RECV_I)
+        other = self.program.after(action.stage) if forwards else self.program.before(action.stage)
+        assert other is not None, "a transfer has another end"
+        return self.program.rank_of(other)
 
     def _await_sends(self, allowed: int) -> None:
         while len(self._sends) > allowed:
-            self._sends.popleft()[0].wait()
+            work = self._sends.popleft().work
+            assert work is not None, "a send has its work"
+            work.wait()
 
-    def _receive_forward(self, action: Action) -> None:
-        self._receive(Op.F, action, action.stage - 1)
 
-    def _receive_gradient(self, action: Action) -> None:
-        self._receive(Op.B, action, action.stage + 1)
-
-    def _receive(self, consumer: Op, action: Action, stage: int) -> None:
-        buffer = torch.empty_like(self.activation)
-        work = self.channel.receive(buffer, self.program.rank_of(stage))
-        self._ready[consumer, action.stage, _microbatch(action)] = (buffer, work)
+def _groups(actions: Sequence[Action]) -> list[tuple[Action, ...]]:
+    """The list cut into what starts together: adjacent transfers, and the last W's of a stage."""
+    last = {action.stage: cell for cell, action in enumerate(actions) if action.op is Op.W}
+    groups: list[tuple[Action, ...]] = []
+    cell = 0
+    while cell < len(actions):
+        first, end = actions[cell], cell + 1
+        if first.op in TRANSFER_OPS:
+            while end < len(actions) and actions[end].op in TRANSFER_OPS:
+                end += 1
+        elif first.op is Op.W:
+            while end < len(actions) and actions[end].op is Op.W and actions[end].stage == first.stage:
+                end += 1
+            if end <= last[first.stage]:
+                end = cell + 1  # more are to come: no gradient would be complete earlier
+        groups.append(tuple(actions[cell:end]))
+        cell = end
+    return groups
 
 
 def _microbatch(action: Action) -> int:

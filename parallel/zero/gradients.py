@@ -12,7 +12,7 @@ coordination: whenever a unit becomes ready, older reductions move one phase on 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 
 import torch
@@ -50,15 +50,18 @@ class _ParameterGradient:
 
 
 class UnitGradients:
-    """The gradients of one unit through a step."""
+    """The gradients of one unit through a step.
+
+    Attributes:
+        writers: Per stage, how many contributions each of its backward passes makes. A tied weight whose embedding
+            and head are on different stages of this rank has two writers.
+    """
 
     def __init__(self, unit: Unit, store: GradientStore) -> None:
         self.unit, self.store = unit, store
         self.layout: UnitLayout = (unit.numel, tuple(slot.range for slot in unit.slots))
         self.slots = {slot.spec.name: _ParameterGradient(self, slot) for slot in unit.slots}
-        self.expected = len(unit.slots)
-        self.received = 0
-        self.whole = False
+        self.writers = {unit.stage: len(unit.slots)}
         self.buffer: Tensor | None = None
         self.accumulated = False
         own = unit.share(store.share_index, store.numbers.optim)
@@ -68,6 +71,9 @@ class UnitGradients:
             self.owned = self.buffer[own.start : own.stop]
         else:
             self.owned = flat_zeros(own.length, torch.float32, store.device)
+        self._due = 0  # contributions until the gradient is complete: of the step, or of this backward pass
+        self._passes = 0  # backward passes of the step that are to come, this one included
+        self._open: set[int] = set()  # writers that are not through with the step
 
     def writable(self) -> Tensor:
         """The buffer that this micro-batch's gradients are written to, shape (unit.numel,)."""
@@ -76,45 +82,59 @@ class UnitGradients:
             self._expect_fresh()
         return self.buffer
 
-    def contributed(self) -> None:
-        """One more parameter gradient of this backward pass has arrived."""
-        self.received += 1
-        if self.received == self.expected:
-            self.complete()
-
-    def complete(self) -> None:
-        """Every gradient of this backward pass is there: reduce now, or wait for the other micro-batches."""
-        self.whole = True
-        if self.store.numbers.grads > 1 or self.store.last_backward[self.unit.stage]:
-            self._zero_unwritten()
-            buffer = self.writable()
-            if self.store.numbers.grads > 1:
-                self.buffer = None  # the next micro-batch writes elsewhere while this one is reduced
-            self.store.launch(self._reduce(buffer))
-
-    def begin_backward(self) -> None:
-        self.received, self.whole = 0, False
-
     def begin_step(self) -> None:
+        """Nothing of this step has been written."""
         self.accumulated = False
         self._expect_fresh()
+        passes = self.store.passes
+        self._open = set(self.writers)
+        self._passes = sum(passes[stage] for stage in self.writers)
+        self._due = sum(passes[stage] * count for stage, count in self.writers.items())
+
+    def begin_pass(self, stage: int) -> None:
+        """A backward pass of a writer begins."""
+        if self.store.numbers.grads > 1:
+            self._due = self.writers[stage]
+
+    def contributed(self) -> None:
+        """One more parameter gradient has arrived."""
+        self._due -= 1
+        if self._due == 0:
+            self._complete()
+
+    def end_pass(self) -> None:
+        """The backward pass is over: with shares, parameters that took no part in it are complete, too."""
+        if self.store.numbers.grads > 1:
+            if self._due > 0:
+                self._complete()
+            self._passes -= 1
+
+    def close(self, stage: int) -> None:
+        """A writer is through with the step: as `end_pass`, for gradients that are kept whole."""
+        self._open.discard(stage)
+        if self.store.numbers.grads == 1 and not self._open and self._due > 0:
+            self._complete()
+
+    def _complete(self) -> None:
+        """Every gradient is there: reduce."""
+        self._due = 0
+        buffer = self.writable()
+        for slot in self.slots.values():
+            if slot.fresh:  # nothing was written there
+                buffer[slot.slot.range.start : slot.slot.range.stop].zero_()
+        if self.store.numbers.grads > 1:
+            self.buffer = None  # the next micro-batch writes elsewhere while this one is reduced
+        self.store.launch(self._reduce(buffer, last=self.store.numbers.grads == 1 or self._passes == 1))
 
     def _expect_fresh(self) -> None:
         for slot in self.slots.values():
             slot.fresh = True
 
-    def _zero_unwritten(self) -> None:
-        buffer = self.writable()
-        for slot in self.slots.values():
-            if slot.fresh:
-                buffer[slot.slot.range.start : slot.slot.range.stop].zero_()
-
-    def _reduce(self, buffer: Tensor) -> Steps:
+    def _reduce(self, buffer: Tensor, last: bool) -> Steps:
         data, numbers = self.store.data, self.store.numbers
         if numbers.optim == 1:
             yield from data.both.all_reduce(buffer)
             return
-        last = self.store.last_backward[self.unit.stage]
         yield from data.shard.reduce_scatter(buffer)
         if numbers.grads > 1:
             share = data.shard.share(buffer, data.shard.index)
@@ -131,27 +151,57 @@ class UnitGradients:
 class GradientStore:
     """All gradients of a rank.
 
-    Attributes:
-        last_backward: Per stage, whether the backward pass under way is the stage's last of the step.
+    Args:
+        passes: Per stage of this rank, its backward passes of a step (micro-batches).
     """
 
-    def __init__(self, space: FlatSpace, numbers: ThreeNumbers, data: DataChannels, device: torch.device) -> None:
-        self.numbers, self.data, self.device = numbers, data, device
+    def __init__(
+        self,
+        space: FlatSpace,
+        numbers: ThreeNumbers,
+        data: DataChannels,
+        device: torch.device,
+        passes: Mapping[int, int],
+    ) -> None:
+        self.numbers, self.data, self.device, self.passes = numbers, data, device, dict(passes)
         self.share_index = data.shard.index if numbers.optim > 1 else 0
-        self.last_backward = {unit.stage: False for unit in space.units}
         self._staging: dict[UnitLayout, list[Tensor]] = {}
         self._under_way: deque[Pending] = deque()
         self.units = {unit.name: UnitGradients(unit, self) for unit in space.units}
 
-    def slot(self, unit: str, parameter: str, uses: int = 1) -> _ParameterGradient:
-        """The slot of a parameter that `uses` layers write to in every backward pass."""
-        self.units[unit].expected += uses - 1
+    def slot(self, unit: str, parameter: str) -> _ParameterGradient:
+        """The slot of a parameter."""
         return self.units[unit].slots[parameter]
+
+    def add_writer(self, unit: str, stage: int) -> None:
+        """One parameter of `unit` is used by one more layer, on `stage`."""
+        writers = self.units[unit].writers
+        writers[stage] = writers.get(stage, 0) + 1
+
+    def written_by(self, stage: int) -> list[UnitGradients]:
+        """The units that backward passes of `stage` write to."""
+        return [unit for unit in self.units.values() if stage in unit.writers]
 
     def begin_step(self) -> None:
         """Forget the previous step's gradients (nothing is zeroed: first writes overwrite)."""
         for unit in self.units.values():
             unit.begin_step()
+
+    def begin_backward(self, stage: int) -> None:
+        """A backward pass of `stage` is about to write weight gradients."""
+        for unit in self.written_by(stage):
+            unit.begin_pass(stage)
+
+    def end_backward(self, stage: int) -> None:
+        """It has written all of them."""
+        for unit in self.written_by(stage):
+            unit.end_pass()
+
+    def close(self, stage: int) -> None:
+        """`stage` is through with the step."""
+        for unit in self.written_by(stage):
+            unit.close(stage)
+        self.advance()
 
     def launch(self, steps: Steps) -> None:
         """Start a reduction, after those under way have moved on by a phase."""
@@ -164,19 +214,6 @@ class GradientStore:
             pending.advance()
         while self._under_way and self._under_way[0].done:
             self._under_way.popleft()
-
-    def begin_backward(self, stage: int, last: bool) -> None:
-        """A backward pass of `stage` begins; `last` says that it is the last one of the step."""
-        self.last_backward[stage] = last
-        for unit in self.units.values():
-            if unit.unit.stage == stage:
-                unit.begin_backward()
-
-    def end_backward(self, stage: int) -> None:
-        """A backward pass of `stage` has ended: units with parameters that took no part in it are complete, too."""
-        for unit in self.units.values():
-            if unit.unit.stage == stage and not unit.whole:
-                unit.complete()
 
     def finish(self) -> None:
         """Wait until every launched reduction has arrived."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from parallel.mesh import PaperMesh
 from parallel.zero.config import ThreeNumbers
-from trainer.build import build_modules, build_program, build_space_of, numbers_of
+from trainer.build import build_modules, build_space_of
 from trainer.check import report
 from trainer.config.problems import ConfigError
 from trainer.config.run import BatchSizes, ResolvedRun, RunConfig
 from trainer.memory import activation_bytes, estimate_memory
 from trainer.models.decoder import Block, Head, Rotary
+from trainer.program import build_program, numbers_of, units_of_parts
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -99,7 +100,7 @@ def test_parameters_of_all_ranks_add_up(tied: bool, qk_norm: bool) -> None:
         total = 0
         for rank in range(run.layout.world_size):
             mesh = PaperMesh(run.layout, rank)
-            space = build_space_of(run, mesh, build_modules(run, mesh))
+            space = build_space_of(run, mesh, build_modules(run, mesh, build_program(run)))
             for unit in space.units:
                 for slot in unit.slots:
                     first = mesh.position["tensor"] == 0 or slot.spec.shard_dim is not None
@@ -113,9 +114,9 @@ def test_state_bytes_follow_the_three_numbers() -> None:
     run = make_run(4, zero={"stage": 2}, parallel={"data_shard": 4})
     assert numbers_of(run) == ThreeNumbers(1, 4, 4)
     mesh = PaperMesh(run.layout, 0)
-    stage = build_modules(run, mesh)
-    space = build_space_of(run, mesh, stage)
-    memory = estimate_memory(run, space, numbers_of(run), stage.chain, build_program(run), 0)
+    program = build_program(run)
+    space = build_space_of(run, mesh, build_modules(run, mesh, program))
+    memory = estimate_memory(run, space, numbers_of(run), units_of_parts(run), program, 0)
     assert memory.parameters_bytes == 4 * space.numel
     assert memory.optimizer_bytes == 8 * space.numel // 4
     assert memory.gradients_bytes == 4 * (space.numel // 4 + 3 * max(unit.numel for unit in space.units))

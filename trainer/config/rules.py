@@ -13,6 +13,7 @@ from trainer.checkpoint.start import starting_checkpoint
 from trainer.config.problems import ConfigError, Problem
 from trainer.config.run import BatchSizes, ResolvedRun, RunConfig
 from trainer.data.check import check_dataset
+from trainer.program import build_schedule
 
 
 def resolve(config: RunConfig, world_size: int, *, starting: bool = True) -> ResolvedRun:
@@ -28,7 +29,7 @@ def resolve(config: RunConfig, world_size: int, *, starting: bool = True) -> Res
     if layout is not None:
         batch = _batch(config, layout, problems)
         problems += _divisibility(config)
-        problems += _pipeline(config, batch)
+        problems += _pipeline(config, layout, batch)
         for key, value, rule, fix in config.zero.problems(layout.data_shard):
             problems.append(Problem(f"zero.{key}", value, rule, fix))
     problems += _optimizer(config)
@@ -104,28 +105,38 @@ def _divisibility(config: RunConfig) -> list[Problem]:
     ]
 
 
-def _pipeline(config: RunConfig, batch: BatchSizes | None) -> list[Problem]:
+def _pipeline(config: RunConfig, layout: Layout, batch: BatchSizes | None) -> list[Problem]:
     pipeline, layers = config.parallel.pipeline, config.model.layers
+    try:
+        parts = pipeline.parts()
+    except registry.ScheduleError as error:
+        return [Problem("parallel.pipeline.schedule", pipeline.schedule, error.rule, error.fix)]
     problems = []
-    if pipeline.stages > layers:
+    if parts > layers + 2:
         problems.append(
             Problem(
                 "parallel.pipeline.stages",
                 pipeline.stages,
-                f"cannot exceed the number of transformer blocks (model.layers = {layers})",
-                f"set parallel.pipeline.stages to at most {layers}",
+                f"cuts the model into {parts} parts, it has {layers + 2} units (embedding, {layers} blocks, head)",
+                f"set parallel.pipeline.stages to at most {(layers + 2) * pipeline.stages // parts}, or fewer chunks",
             )
         )
     if pipeline.partition is not None:
         partition = list(pipeline.partition)
-        if len(partition) != pipeline.stages or sum(partition) != layers or min(partition, default=0) < 1:
-            rule = f"must be {pipeline.stages} positive numbers that add up to model.layers ({layers})"
-            fix = "give one number of blocks per stage, or null for a balanced partition"
+        if len(partition) != parts or sum(partition) != layers or min(partition[1:-1], default=1) < 1:
+            rule = (
+                f"must be {parts} numbers that add up to model.layers ({layers}), positive but for the first and last"
+            )
+            fix = "give one number of blocks per part of the model, or null for a balanced partition"
             problems.append(Problem("parallel.pipeline.partition", partition, rule, fix))
+    if batch is None or problems:
+        return problems
     try:
-        registry.generate(pipeline.schedule, pipeline.stages, batch.gradient_accumulation if batch else 1)
+        build_schedule(ResolvedRun(config, layout, batch))
     except registry.ScheduleError as error:
-        problems.append(Problem("parallel.pipeline.schedule", pipeline.schedule, error.rule, error.fix))
+        key = error.value.partition("=")[0]
+        key = key if key in type(pipeline).model_fields else "schedule"
+        problems.append(Problem(f"parallel.pipeline.{key}", getattr(pipeline, key), error.rule, error.fix))
     return problems
 
 

@@ -125,6 +125,11 @@ class ResolvedRun:
     layout: Layout
     batch: BatchSizes
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts the model is cut: pipeline ranks x chunks."""
+        return self.config.parallel.pipeline.parts()
+
     def values(self) -> dict[str, Any]:
         """The config as plain values with everything that was derived filled in: loading them gives the same run."""
         values = self.config.model_dump(mode="json")

@@ -11,28 +11,35 @@ def unit_names(model: ModelConfig) -> tuple[str, ...]:
     return ("embed", *(f"blocks.{index}" for index in range(model.layers)), "head")
 
 
+def feed_forward_elements(model: ModelConfig) -> int:
+    """Matrix elements of a block's feed-forward."""
+    return model.hidden * model.feed_forward * (3 if model.activation == "swiglu" else 2)
+
+
 def unit_parameters(model: ModelConfig) -> dict[str, int]:
     """Matrix elements of each unit (norm vectors are left out; a tied head counts none of its own)."""
     head_dim = model.head_dim
     attention = model.hidden * head_dim * (2 * model.heads + 2 * model.key_value_heads)
-    feed_forward = model.hidden * model.feed_forward * (3 if model.activation == "swiglu" else 2)
     table = model.vocab * model.hidden
-    sizes = dict.fromkeys(unit_names(model), attention + feed_forward)
+    sizes = dict.fromkeys(unit_names(model), attention + feed_forward_elements(model))
     sizes["embed"], sizes["head"] = table, 0 if model.tied_embeddings else table
     return sizes
+
+
+def unit_products(model: ModelConfig) -> dict[str, int]:
+    """Matrix elements that each unit multiplies a token with: an embedding row is read, a tied head multiplies."""
+    return {**unit_parameters(model), "embed": 0, "head": model.vocab * model.hidden}
 
 
 def unit_flops(model: ModelConfig, sequence: int) -> dict[str, float]:
     """FLOPs of each unit per token, forward and backward, without recomputation.
 
     A matrix of n elements costs 6 n (2 forward, 4 backward); attention scores and their use cost 12 s h per token
-    and block, of which the causal mask needs half. An embedding row is read, not multiplied.
+    and block, of which the causal mask needs half.
     """
-    sizes = unit_parameters(model)
     attention = 6.0 * sequence * model.heads * model.head_dim
-    flops = {name: 6.0 * size + attention for name, size in sizes.items()}
-    flops["embed"], flops["head"] = 0.0, 6.0 * model.vocab * model.hidden
-    return flops
+    products = unit_products(model).items()
+    return {name: 6.0 * size + (attention if name.startswith("blocks.") else 0.0) for name, size in products}
 
 
 def stage_units(

@@ -57,6 +57,7 @@ class Request:
 
 
 Generator = Callable[[Request], Program]
+Report = Callable[[Request], tuple[Program, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class Schedule:
         generator: writes the program.
         chunks: parts of the model per rank that it is made for, in order of preference; None: any number.
         limited: whether it keeps to a memory limit that it is given.
+        report: for a schedule that searches: the program, and one line for people about the search.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Schedule:
     generator: Generator
     chunks: tuple[int, ...] | None = (1,)
     limited: bool = False
+    report: Report | None = None
 
     @property
     def default_chunks(self) -> int:
@@ -99,7 +102,13 @@ _REGISTERED: dict[str, Schedule] = {}
 
 
 def register(
-    name: str, *, summary: str, source: str, chunks: tuple[int, ...] | None = (1,), limited: bool = False
+    name: str,
+    *,
+    summary: str,
+    source: str,
+    chunks: tuple[int, ...] | None = (1,),
+    limited: bool = False,
+    report: Report | None = None,
 ) -> Callable[[Generator], Generator]:
     """Make a generator known by a name; arguments as the attributes of `Schedule`. ValueError if the name is taken."""
 
@@ -109,7 +118,7 @@ def register(
             raise ValueError(
                 f"schedule {name!r} is already registered by {taken.__module__}.{taken.__name__}"
             )
-        _REGISTERED[name] = Schedule(name, summary, source, generator, chunks, limited)
+        _REGISTERED[name] = Schedule(name, summary, source, generator, chunks, limited, report)
         return generator
 
     return add
@@ -238,3 +247,10 @@ def read_csv(path: Path) -> Program:
         raise ScheduleError(value, "the file is not text", "write one row a rank, as in 0F0,0B0") from error
     except ValueError as error:
         raise ScheduleError(value, str(error), "correct the file") from error
+
+
+def model_parts(name: str, ranks: int, chunks: int | None = None) -> int:
+    """Into how many parts a schedule cuts the model; arguments and errors as for `generate`."""
+    if name.startswith(CSV):
+        return read_csv(Path(name.removeprefix(CSV))).depth
+    return ranks * (find(name).default_chunks if chunks is None else chunks)

@@ -1,0 +1,42 @@
+"""What the passes of each part of the model cost, from the sizes alone: what is planned with until it is measured.
+
+Times are FLOPs over one nominal rate; only their ratios matter. A matrix costs the same in F, I and W. Attention
+scores have no weights: their backward, twice their forward, is all in I. Recomputation runs the forward again
+within I (or B). Transfers count nothing here.
+"""
+
+from __future__ import annotations
+
+from parallel.pipeline.costs import Costs
+from trainer.config.run import ResolvedRun
+from trainer.models.partition import feed_forward_elements, stage_units, unit_flops, unit_products
+
+NOMINAL_FLOPS = 1e12
+"""FLOP/s that the times are given at."""
+
+
+def derived_costs(run: ResolvedRun) -> Costs:
+    """Costs per part of the model for one micro-batch; one activation counts as one, whichever part it is of."""
+    model, train = run.config.model, run.config.train
+    parts = stage_units(model, train.sequence, run.parts, run.config.parallel.pipeline.partition)
+    rate = NOMINAL_FLOPS * run.layout.tensor / (run.batch.micro_batch * train.sequence)
+    products, flops = unit_products(model), unit_flops(model, train.sequence)
+    forward, inputs, weights = [], [], []
+    for part in parts:
+        in_products = sum(2.0 * products[name] for name in part)
+        scores = sum(flops[name] for name in part) / 3 - in_products
+        again = sum(recomputed_flops(run, name) for name in part)
+        forward.append((in_products + scores) / rate)
+        inputs.append((in_products + 2 * scores + again) / rate)
+        weights.append(in_products / rate)
+    return Costs(tuple(forward), tuple(inputs), tuple(weights))
+
+
+def recomputed_flops(run: ResolvedRun, unit: str) -> float:
+    """FLOPs per token that the backward of `unit` spends on computing activations again."""
+    model, mode = run.config.model, run.config.train.recompute
+    if mode == "none" or not unit.startswith("blocks."):
+        return 0.0
+    if mode == "selective":
+        return 2.0 * feed_forward_elements(model)
+    return unit_flops(model, run.config.train.sequence)[unit] / 3

@@ -1,0 +1,53 @@
+"""The program of a run's training step: the schedule that the config names, completed by the passes. Pure: no torch."""
+
+from __future__ import annotations
+
+from parallel.pipeline.passes.reduce import add_reduce
+from parallel.pipeline.passes.transfers import pair_transfers
+from parallel.pipeline.passes.update import add_update
+from parallel.pipeline.program import Program
+from parallel.pipeline.schedules import registry
+from parallel.pipeline.verify import check
+from parallel.zero.config import ThreeNumbers
+from trainer.config.run import ResolvedRun
+from trainer.costs import derived_costs
+from trainer.models.partition import stage_units
+
+
+def numbers_of(run: ResolvedRun) -> ThreeNumbers:
+    """The three ZeRO numbers for the run's layout."""
+    return run.config.zero.numbers(run.layout.data_shard)
+
+
+def build_schedule(run: ResolvedRun) -> Program:
+    """The compute actions of a training step, as the schedule orders them."""
+    pipeline = run.config.parallel.pipeline
+    return registry.generate(
+        pipeline.schedule,
+        run.layout.pipeline,
+        run.batch.gradient_accumulation,
+        chunks=pipeline.chunks,
+        costs=derived_costs(run),
+        memory_limit=pipeline.memory_limit,
+        group=pipeline.group,
+        time_limit_seconds=pipeline.time_limit_seconds,
+    )
+
+
+def complete_program(run: ResolvedRun, program: Program) -> Program:
+    """A schedule with everything that a training step has besides: transfers, reductions, updates; verified."""
+    program = pair_transfers(program, derived_costs(run))
+    program = add_reduce(program, per_microbatch=numbers_of(run).grads > 1)
+    program = add_update(program)
+    check(program)
+    return program
+
+
+def build_program(run: ResolvedRun) -> Program:
+    """The program of a training step."""
+    return complete_program(run, build_schedule(run))
+
+
+def units_of_parts(run: ResolvedRun) -> tuple[tuple[str, ...], ...]:
+    """The units of each part of the model, in the order of the forward pass."""
+    return stage_units(run.config.model, run.config.train.sequence, run.parts, run.config.parallel.pipeline.partition)
