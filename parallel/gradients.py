@@ -103,6 +103,7 @@ class WeightGradients:
         else:
             work()
 
+    @torch.no_grad()
     def drain(self) -> None:
         """Run what is held; what is kept for a W stays."""
         while self._waiting:
@@ -117,6 +118,7 @@ class WeightGradients:
         finally:
             self._keeping = None
 
+    @torch.no_grad()
     def run(self, microbatches: Sequence[int]) -> None:
         """Run what was kept for these micro-batches.
 
