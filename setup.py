@@ -9,11 +9,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["trainer*", "parallel*", "offload*", "launch*"]),
-    package_data={"": ["*.yaml", "*.json", "py.typed"]},
+    package_data={"": ["*.yaml", "*.json", "*.html", "*.js", "py.typed"]},
     entry_points={"console_scripts": ["atoll = launch.cli:main"]},
     install_requires=[
         "torch>=2.9",  # tensors, autograd, process groups, DeviceMesh, DCP, attention
         "numpy",
+        "highspy>=1.10",  # HiGHS: pipeline schedules by integer programming, started from a known one
         "pyyaml",
         "pydantic>=2.11",  # config models, JSON schema for editors
         "tensorboard",

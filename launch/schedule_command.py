@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import StrEnum
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,15 +23,19 @@ from launch.schedule_output import (
     as_object,
     comparison_object,
     comparison_text,
+    drawing_of,
     grid_text,
     list_object,
     list_text,
     summary_text,
 )
 from parallel.pipeline.compare import Entry, compare
+from parallel.pipeline.draw_html import draw_html
+from parallel.pipeline.draw_svg import draw_svg
 from parallel.pipeline.schedules.registry import ScheduleError, schedules
 from parallel.pipeline.simulate import Sends
 from parallel.pipeline.study import Asked, Study, study
+from parallel.pipeline.trace import chrome_trace
 
 app = typer.Typer()
 
@@ -79,9 +84,7 @@ def schedule(
     activation: Annotated[
         str | None, typer.Option(metavar="1.5GiB", help="What one activation of one stage weighs.")
     ] = None,
-    p2p: Annotated[
-        P2P, typer.Option(help="Whether transfers run beside the passes or hold their rank.")
-    ] = P2P.LATENCY,
+    p2p: Annotated[P2P, typer.Option(help="Whether transfers run beside the passes or hold their rank.")] = P2P.LATENCY,
     group: Annotated[
         int | None, typer.Option(metavar="G", help="Micro-batches before the next chunk has its turn.")
     ] = None,
@@ -93,6 +96,11 @@ def schedule(
         typer.Option("--compare", metavar="all|NAMES", help="Also the table of all schedules, or of NAME,NAME,..."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page to explore, with memory and what waits for what.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a trace for ui.perfetto.dev.")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the program, one row a rank.")] = None,
     list_all: Annotated[bool, typer.Option("--list", help="List the schedules.")] = False,
 ) -> None:
@@ -124,7 +132,14 @@ def schedule(
     else:
         _print(found, entries)
     if found is not None:
-        _write([(csv, found.program.to_csv)], quiet=as_json)
+        drawing = cache(partial(drawing_of, found))
+        files: list[tuple[Path | None, Callable[[], str]]] = [
+            (csv, found.program.to_csv),
+            (svg, lambda: draw_svg(drawing())),
+            (html, lambda: draw_html(drawing())),
+            (trace, lambda: chrome_trace(drawing().bars)),
+        ]
+        _write(files, quiet=as_json)
         raise typer.Exit(_VIOLATIONS if found.violations else 0)
 
 

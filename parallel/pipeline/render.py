@@ -76,11 +76,10 @@ def _slot_seconds(timeline: Timeline) -> float:
     passes = {round(span.end - span.start, 9) for listed in timeline.spans for span in listed if _drawn(span)}
     if not passes:
         return 1.0
-    shortest, transfer = min(passes), timeline.costs.transfer_seconds
+    shortest = min(passes)
 
     def error(slot: float) -> float:
-        lengths = [(length, length) for length in passes] + [(transfer, shortest)]
-        return max(abs(length - slot * _round(length / slot)) / of for length, of in lengths)
+        return max(abs(length - slot * _round(length / slot)) / length for length in passes)
 
     slots = [shortest / count for count in range(1, _FINEST + 1)]
     slot = next((slot for slot in slots if error(slot) <= _TOLERANCE), min(slots, key=error))

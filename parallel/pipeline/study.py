@@ -63,6 +63,11 @@ class Study:
     timeline: Timeline
 
     @property
+    def right(self) -> bool:
+        """Whether the program may run; it may still take more memory than it should."""
+        return all(violation.fault is Fault.MEMORY for violation in self.violations)
+
+    @property
     def ended(self) -> bool:
         """Whether the program comes to its end; else it has no makespan, no bubble rate and no peaks."""
         return not self.timeline.blocked
@@ -81,6 +86,14 @@ class Study:
     def peak(self) -> float:
         """The most activations on any rank, in the unit of the costs."""
         return max(self.timeline.peak_activations)
+
+    @cached_property
+    def drawn(self) -> Timeline:
+        """The timeline for drawings: transfers that take time are actions in it, whether or not they hold a lane."""
+        free = self.asked.costs.transfer_seconds == 0 or self.program.has_transfers
+        if free or self.asked.sends is not Sends.LATENCY or not self.right:
+            return self.timeline
+        return simulate(pair_transfers(self.program, self.asked.costs), self.asked.costs)
 
     @cached_property
     def transfers(self) -> tuple[int, ...]:
