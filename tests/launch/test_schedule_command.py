@@ -122,6 +122,28 @@ def test_csv_out_and_in(tmp_path: Path) -> None:
     assert answer(f"csv:{file}", "--stages", 3, "--microbatches", 5, "--chunks", 1) == read
 
 
+def test_drawings(tmp_path: Path) -> None:
+    files = {kind: tmp_path / f"drawing.{kind}" for kind in ("svg", "html", "trace")}
+    options = [word for kind, file in files.items() for word in (f"--{kind}", file)]
+    status, out, _ = call("zb-h1", "--stages", 3, "--microbatches", 5, "--costs", "comm=0.5", *options)
+    assert status == 0
+    assert all(f"wrote {file}\n" in out for file in files.values())
+    assert "<title>2RECV_F4: " in files["svg"].read_text()
+    assert '"2RECV_F4"' in files["html"].read_text()
+    events = json.loads(files["trace"].read_text())["traceEvents"]
+    assert max(event["ts"] + event["dur"] for event in events if event["ph"] == "X") == pytest.approx(
+        answer("zb-h1", "--stages", 3, "--microbatches", 5, "--costs", "comm=0.5")["makespan_seconds"] * 1e6
+    )
+
+
+def test_a_wrong_program_is_drawn_as_far_as_it_runs(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.csv"
+    file.write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1B1,1F1\n")
+    status, _, _ = call(f"csv:{file}", "--svg", tmp_path / "wrong.svg", "--p2p", "blocking", "--costs", "comm=1")
+    assert status == 1
+    assert "<title>1B0: " in (tmp_path / "wrong.svg").read_text()
+
+
 def test_the_list() -> None:
     for arguments in ((), ("--list",)):
         status, out, _ = call(*arguments)
