@@ -148,7 +148,7 @@ def metrics(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-TIMED = ("seconds", "tokens_per_second", "memory_bytes")
+TIMED = ("seconds", "tokens_per_second", "memory_bytes", "bubble_rate")
 """Metrics that the machine decides."""
 
 

@@ -22,9 +22,10 @@ from trainer.data.batches import eval_cursors
 from trainer.data.prefetch import Prefetch
 from trainer.engine import StepResult
 from trainer.metrics.flops import flops_per_token, peak_flops
+from trainer.metrics.passes import bubble_rate, span_and_busy
 from trainer.metrics.record import StepRecord
 from trainer.metrics.sinks import ConsoleSink, JsonLinesSink, Sink, TensorBoardSink
-from trainer.metrics.spans import write_trace
+from trainer.metrics.spans import Span, spans_of, write_trace
 from trainer.optim.learning_rate import learning_rate_factor
 from trainer.session import Session
 from trainer.signals import Signals
@@ -42,6 +43,7 @@ class Loop:
     def __init__(self, session: Session, signals: Signals) -> None:
         self.session, self.signals = session, signals
         self.stopped = False
+        self._spans: list[Span] = []
         self._save_asked = False
         self._saved_step = session.step if session.resumed_from else -1
         self._first_step = session.step + 1
@@ -81,15 +83,18 @@ class Loop:
 
     def _train(self, batches: Prefetch[int, list[np.ndarray]]) -> tuple[StepResult, float]:
         session, config = self.session, self.session.config
-        session.spans.step = session.step + 1
-        session.spans.on = self._is_traced(session.step + 1)
+        # The times of a step are known when it is over, so they travel with the report of the next one.
+        times = span_and_busy(session.timer.read())
+        report = (*self.signals.report(), memory_bytes(session.device), *times)
+        session.timer.begin(session.step + 1, everything=self._is_traced(session.step + 1))
         schedule = config.optimizer.learning_rate
         lr = config.optimizer.lr * learning_rate_factor(schedule, session.step, config.train.steps)
-        result = session.engine.train(next(batches), lr, (*self.signals.report(), memory_bytes(session.device)))
+        result = session.engine.train(next(batches), lr, report)
+        session.timer.end()
         return result, lr
 
     def _record(self, result: StepResult, lr: float, seconds: float) -> StepRecord:
-        stop, save_asked, memory = result.reports.max(axis=0)
+        stop, save_asked, memory = result.reports[:, :3].max(axis=0)
         self.stopped = stop > 0
         self._save_asked = save_asked > 0
         self._skipped += result.skipped
@@ -107,6 +112,7 @@ class Loop:
             memory_bytes=int(memory),
             skipped_steps=self._skipped,
             mfu=mfu,
+            bubble_rate=bubble_rate(result.reports[:, 3:]) if self.session.run.layout.pipeline > 1 else None,
         )
 
     def _sinks(self) -> list[Sink]:
@@ -129,7 +135,6 @@ class Loop:
         due = record.step == train.steps or (train.eval_every is not None and record.step % train.eval_every == 0)
         if not due or not train.eval_batches:
             return
-        session.spans.on = False
         cursors = eval_cursors(session.eval_windows, session.run.batch.global_batch, train.eval_batches)
         losses = [session.engine.evaluate(session.eval_batches.step_batches(cursor)) for cursor in cursors]
         record.eval_loss = float(np.mean(losses))
@@ -160,10 +165,12 @@ class Loop:
 
     def _trace(self, record: StepRecord) -> None:
         """Behind the last traced step, write what was recorded."""
-        traced = self._is_traced(record.step)
-        if traced and (self._is_last(record) or not self._is_traced(record.step + 1)):
+        if not self._is_traced(record.step):
+            return
+        self._spans += spans_of(self.session.timer)
+        if self._is_last(record) or not self._is_traced(record.step + 1):
             group = self.session.mesh.channel(*AXES).group
-            write_trace(self.session.directory.trace, self.session.spans.spans(), group)
+            write_trace(self.session.directory.trace, self._spans, group)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -30,7 +30,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.order import ShuffledOrder
 from trainer.engine import Engine
 from trainer.environment import usable_cores
-from trainer.metrics.spans import SpanRecorder
+from trainer.metrics.passes import PassTimer
 from trainer.run_directory import RunDirectory
 
 _EVAL_SEED = 0
@@ -71,7 +71,7 @@ class Session:
     dataset: Dataset
     mesh: Mesh
     engine: Engine
-    spans: SpanRecorder
+    timer: PassTimer
     train_batches: MicroBatches
     eval_batches: MicroBatches
     eval_windows: int
@@ -123,9 +123,9 @@ def open_session(run: ResolvedRun, place: Place) -> Iterator[Session]:
     start_process_group(device.type, place.rank, place.world_size, config.run.timeout_seconds)
     try:
         mesh = Mesh(run.layout, device.type, config.comm.algorithm, config.run.timeout_seconds)
-        spans = SpanRecorder(device)
-        engine = build_engine(run, mesh, device, spans)
-        session = _with_data(run, place, device, directory, dataset, mesh, engine, spans)
+        timer = PassTimer(device)
+        engine = build_engine(run, mesh, device, timer)
+        session = _with_data(run, place, device, directory, dataset, mesh, engine, timer)
         if checkpoint is not None:
             manifest = load(engine, run, checkpoint)
             session.step, session.cursor, session.resumed_from = manifest.step, manifest.cursor, checkpoint
@@ -143,7 +143,7 @@ def _with_data(
     dataset: Dataset,
     mesh: Mesh,
     engine: Engine,
-    spans: SpanRecorder,
+    timer: PassTimer,
 ) -> Session:
     config, batch = run.config, run.batch
     train, held_out = (dataset.split(name, config.train.sequence) for name in ("train", "eval"))
@@ -158,7 +158,7 @@ def _with_data(
         dataset=dataset,
         mesh=mesh,
         engine=engine,
-        spans=spans,
+        timer=timer,
         train_batches=MicroBatches(train, order, plan, data_rank),
         eval_batches=MicroBatches(held_out, ShuffledOrder(held_out.windows, seed=_EVAL_SEED), plan, data_rank),
         eval_windows=held_out.windows,

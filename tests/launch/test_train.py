@@ -75,6 +75,7 @@ def test_one_process_without_a_launcher_gives_nearly_the_same_numbers(place: Pat
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert one.get("eval_loss", 0.0) == pytest.approx(other.get("eval_loss", 0.0), rel=1e-5)
+        assert "bubble_rate" not in one, "one rank waits for nobody"
 
 
 def test_metrics_have_the_documented_keys(local: Run) -> None:
@@ -85,6 +86,9 @@ def test_metrics_have_the_documented_keys(local: Run) -> None:
         assert line["tokens"] == number * 8 * 32
         assert line["skipped_steps"] == 0
         assert ("eval_loss" in line) == (number % 4 == 0)
+        # The times of a step travel with the report of the next one.
+        assert ("bubble_rate" in line) == (number > 1)
+        assert 0 <= line.get("bubble_rate", 0) < 1
     rates = [line["lr"] for line in local.lines()]
     assert rates[:3] == pytest.approx([1e-3, 2e-3, 3e-3])
     assert rates[-1] == pytest.approx(3e-4)
@@ -104,6 +108,7 @@ def test_the_console_tells_what_runs_and_how_it_goes(local: Run) -> None:
     assert "batch      8 samples = micro-batch 2 x accumulation 2 x data ranks 2; 32 tokens each" in said
     assert "stage 0    embed to" in said
     assert "step 8/8  loss" in said
+    assert said.count("  bubble ") == STEPS - 1, "a line for each step, the first without"
     assert f"done: step {STEPS} of {STEPS}; everything is in {local.directory}" in said
 
 
@@ -130,7 +135,7 @@ def test_the_environment_of_every_start_is_recorded(local: Run, elastic: Run) ->
 def test_tensorboard_shows_the_metrics(local: Run) -> None:
     events = EventAccumulator(str(local.directory / "tensorboard"))
     events.Reload()
-    for key in ("loss", "grad_norm", "eval_loss", "tokens_per_second"):
+    for key in ("loss", "grad_norm", "eval_loss", "tokens_per_second", "bubble_rate"):
         shown = [(event.step, event.value) for event in events.Scalars(key)]
         written = [(line["step"], line[key]) for line in local.lines() if key in line]
         assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in written]

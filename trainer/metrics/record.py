@@ -21,6 +21,8 @@ class StepRecord:
         memory_bytes: Largest memory of any rank so far: device memory on GPUs, resident memory on CPUs.
         skipped_steps: Updates skipped so far because the gradient norm was not finite.
         mfu: Share of the devices' peak that the model's FLOPs took; None where the peak is not known.
+        bubble_rate: (span - busy) / span of the rank with the longest span, from its first pass to its last, in the
+            step before; None with one pipeline rank, and in the first step of a start.
         eval_loss: Mean held-out loss per token, where it was evaluated after this step.
     """
 
@@ -34,6 +36,7 @@ class StepRecord:
     memory_bytes: int
     skipped_steps: int
     mfu: float | None = None
+    bubble_rate: float | None = None
     eval_loss: float | None = None
 
     def values(self) -> dict[str, Any]:

@@ -23,9 +23,12 @@ class ConsoleSink:
     def __init__(self, steps: int, every: int) -> None:
         self.steps, self.every = steps, every
         self._seconds: list[float] = []
+        self._bubbles: list[float] = []
 
     def write(self, record: StepRecord) -> None:
         self._seconds = [*self._seconds[-49:], record.seconds]
+        if record.bubble_rate is not None:
+            self._bubbles.append(record.bubble_rate)
         due = record.step % self.every == 0 or record.step in (1, self.steps)
         if not due and record.eval_loss is None:
             return
@@ -40,6 +43,9 @@ class ConsoleSink:
         ]
         if record.mfu is not None:
             parts.append(f"MFU {record.mfu:.1%}")
+        if self._bubbles:
+            parts.append(f"bubble {sum(self._bubbles) / len(self._bubbles):.1%}")
+            self._bubbles.clear()
         if record.skipped_steps:
             parts.append(f"{record.skipped_steps} skipped")
         if record.eval_loss is not None:
