@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from parallel.pipeline.actions import Op
+from parallel.pipeline.actions import Action, Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.passes.transfers import pair_transfers
 from parallel.pipeline.program import Program
-from parallel.pipeline.schedules.registry import Request, ScheduleError, generate
-from parallel.pipeline.schedules.zero_bubble_heuristic import Plan, _Planner, all_choices, plan
+from parallel.pipeline.schedules.registry import Request, ScheduleError, find, generate
+from parallel.pipeline.schedules.zero_bubble_auto import best_plan, limits_of
+from parallel.pipeline.schedules.zero_bubble_heuristic import Plan, _Planner, all_choices, least_memory, plan
+from parallel.pipeline.schedules.zero_bubble_ilp import solve
+from parallel.pipeline.schedules.zero_bubble_model import lower_bound
 from parallel.pipeline.simulate import Timeline, peak_activations, simulate
 from parallel.pipeline.verify import verify
 
@@ -197,3 +204,93 @@ def test_all_choices_are_tried(request: Request) -> None:
 def test_a_large_pipeline_is_planned_in_seconds() -> None:
     program = generate("zb-auto", 32, 256)
     assert simulate(program).bubble_rate == 0
+
+
+def brute_force(request: Request, limits: Sequence[float]) -> float:
+    """The shortest span over all orders of F, I and W with each kind in the order of micro-batches."""
+    p, m, costs = request.ranks, request.microbatches, request.costs
+
+    def extend(rank: int, done: tuple[int, int, int]) -> Iterator[tuple[Action, ...]]:
+        f, i, w = done
+        held = (f - i) * costs.activation_of(rank) + (i - w) * costs.weight_activation_of(rank)
+        if held > limits[rank] + 1e-9:
+            return
+        if w == m:
+            yield ()
+        for number, (op, allowed) in enumerate(((Op.F, f < m), (Op.I, i < f), (Op.W, w < i))):
+            if allowed:
+                following = (f + (number == 0), i + (number == 1), w + (number == 2))
+                yield from ((Action(op, rank, done[number]), *rest) for rest in extend(rank, following))
+
+    shortest = float("inf")
+    for rows in product(*(list(extend(rank, (0, 0, 0))) for rank in range(p))):
+        timeline = simulate(Program("any", p, p, m, tuple(range(p)), rows), costs)
+        if not timeline.blocked:
+            shortest = min(shortest, longest(timeline))
+    return shortest
+
+
+@settings(max_examples=12)
+@given(st.sampled_from(((1, 3), (2, 2), (3, 2), (2, 3))), st.data())
+def test_the_ilp_finds_the_best_of_all_orders(size: tuple[int, int], data: st.DataObject) -> None:
+    p, m = size
+    request = replace(data.draw(requests(ranks=st.just(p))), microbatches=m)
+    least = max(least_memory(stage, request.costs) for stage in range(p))
+    request = replace(request, memory_limit=least * data.draw(st.sampled_from((1.0, 1.5, 2.0, 3.0))))
+    program, search = solve(request)
+    assert verify(program, request.memory_limit, costs=request.costs) == []
+    assert search.status == "optimal"
+    best = brute_force(request, limits_of(request))
+    assert search.objective_seconds == pytest.approx(best, rel=1e-5)
+    assert longest(simulate(program, request.costs)) == pytest.approx(search.objective_seconds)
+    assert search.gap <= 1e-5
+
+
+@settings(max_examples=15)
+@given(requests(ranks=st.integers(2, 4)))
+def test_the_ilp_is_never_worse_than_the_heuristic(request: Request) -> None:
+    request = replace(request, time_limit_seconds=0.5)
+    program, search = solve(request)
+    assert verify(program) == []
+    known = best_plan(request, limits_of(request)).span_seconds
+    assert search.objective_seconds == pytest.approx(longest(simulate(program, request.costs)))
+    assert search.objective_seconds <= known * (1 + 1e-9)
+    assert lower_bound(request.microbatches, request.costs, limits_of(request)) <= search.bound_seconds * (1 + 1e-9)
+    assert 0 <= search.gap <= 1
+    assert search.gap == pytest.approx(1 - search.bound_seconds / search.objective_seconds if known else 0)
+
+
+def test_the_ilp_improves_on_the_heuristic_and_proves_it(capfd: pytest.CaptureFixture[str]) -> None:
+    request = Request(3, 4, costs=Costs((3.0, 1.0, 4.0), (1.0, 5.0, 9.0), (2.0, 6.0, 5.0), 1.0), memory_limit=2.0)
+    known = best_plan(request, limits_of(request)).span_seconds
+    program, search = solve(request)
+    assert search.objective_seconds < known
+    assert (search.status, round(search.gap, 5)) == ("optimal", 0)
+    assert search.seconds < 10
+    assert longest(simulate(program, request.costs)) == search.objective_seconds
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_search_is_reported_by_the_schedule() -> None:
+    report = find("zb-ilp").report
+    assert report is not None
+    program, text = report(Request(2, 3))
+    assert program == generate("zb-ilp", 2, 3)
+    assert re.fullmatch(r"zb-ilp: optimal, gap 0\.00%, \d+\.\d s", text)
+    assert find("zb-auto").report is None
+
+
+def test_without_time_the_ilp_answers_with_the_heuristic() -> None:
+    row = PUBLISHED[0]
+    request = Request(row.p, row.m, costs=row.costs(), memory_limit=float(row.p), time_limit_seconds=0.0)
+    program, search = solve(request)
+    assert program.actions == generate("zb-auto", row.p, row.m, costs=row.costs(), memory_limit=float(row.p)).actions
+    assert search.status == "time limit reached"
+    assert 0 < search.gap < 1
+
+
+def test_a_search_that_is_too_large_is_not_begun() -> None:
+    costs = replace(PUBLISHED[-1].costs(), weight_activation=0.9)
+    _, search = solve(Request(16, 128, costs=costs, memory_limit=40.0))
+    assert search.status.startswith("not searched, ")
+    assert search.seconds < 15
