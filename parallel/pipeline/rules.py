@@ -2,9 +2,11 @@
 
 The simulator and the verifier read it, passes keep to it, and the executor waits where it says.
 
-Two kinds of waiting make up the meaning of a program. First, actions on one lane of one rank run in the order
+Three kinds of waiting make up the meaning of a program. First, actions on one lane of one rank run in the order
 in which the rank lists them. Second, an action waits for other actions, on its own rank or elsewhere, by the
-rules below. Nothing else orders anything: lanes of one rank run beside each other.
+rules below. Third, a copy of activations (`IN_TURN`) waits for the pass that its rank lists before it: a RELOAD
+could run as soon as its OFFLOAD has, and only its place in the list says when the memory is to be filled again.
+Nothing else orders anything: lanes of one rank run beside each other.
 
 A boundary between two stages is crossed in one of two ways. Where the program has transfers and the stages
 are on different ranks, data arrives by RECV and the consumer waits for that. Where both stages share a rank,
@@ -116,6 +118,10 @@ RULES: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
         Op.FLUSH: (Rule((Op.UPDATE,), "the optimizer state is updated", if_listed=True),),
     }
 )
+
+
+IN_TURN: frozenset[Op] = frozenset({Op.OFFLOAD, Op.RELOAD})
+"""Ops that wait for the last F, B, I or W listed before them."""
 
 
 class Source(NamedTuple):

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from parallel.pipeline.actions import LANE_OF, PASS_OPS, SEND_OPS, TRANSFER_OPS, Action, Lane, Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
-from parallel.pipeline.rules import Requirement, Source, needed, prerequisites, receive_of, sources
+from parallel.pipeline.rules import IN_TURN, Requirement, Source, needed, prerequisites, receive_of, sources
 
 
 class Sends(StrEnum):
@@ -195,12 +195,18 @@ class _Run:
         # Where a requirement is met: at the first listing by its rank.
         self.first: list[dict[tuple[Op, int, int | None], int]] = [{} for _ in range(program.ranks)]
         self.behind: list[int | None] = []  # the action before it on its lane
+        self.turn: dict[int, int] = {}  # for a copy that waits for its turn, the pass before it
         last: dict[tuple[int, Lane], int] = {}
+        passed: dict[int, int] = {}
         for number, (rank, action) in enumerate(zip(self.ranks, self.actions, strict=True)):
             self.first[rank].setdefault((action.op, action.stage, action.microbatch), number)
             lane = (rank, self.lane_of[action.op])
             self.behind.append(last.get(lane))
             last[lane] = number
+            if action.op in PASS_OPS:
+                passed[rank] = number
+            elif action.op in IN_TURN and rank in passed:
+                self.turn[number] = passed[rank]
         self.waiting = [0] * len(self.actions)  # for how many edges; -1 once it has run
         self.followers: list[list[tuple[int, float]]] = [[] for _ in self.actions]  # (number, delay)
         self.start = [0.0] * len(self.actions)
@@ -233,6 +239,8 @@ class _Run:
             if before is not None:
                 untimed = self.sends is Sends.LATENCY and self.lane_of[op] is Lane.P2P
                 self._edge(before, number, -math.inf if untimed else 0.0)
+            if number in self.turn:
+                self._edge(self.turn[number], number, 0.0)
             key = (op, stage, self.ranks[number])
             if key not in compiled:
                 found = sources(op, stage, program)
@@ -297,20 +305,24 @@ class _Run:
     def _blocked(self) -> tuple[Blocked, ...]:
         """The first action of each lane that did not run; everything behind it waits for its turn."""
         return tuple(
-            Blocked(self.ranks[number], self.lane_of[action.op], action, self._unmet(action))
+            Blocked(self.ranks[number], self.lane_of[action.op], action, self._unmet(number))
             for number, action in enumerate(self.actions)
             if not self._ran(number) and ((before := self.behind[number]) is None or self._ran(before))
         )
 
-    def _unmet(self, action: Action) -> tuple[Requirement, ...]:
+    def _unmet(self, number: int) -> tuple[Requirement, ...]:
         """What keeps the head of a stuck lane from running."""
+        action = self.actions[number]
         unmet: list[Requirement] = []
         for requirement in prerequisites(action, self.program):
-            number = self._number(requirement)
-            if number is None:
+            needs = self._number(requirement)
+            if needs is None:
                 unmet.append(_because(requirement, f"rank {requirement.rank} does not list it"))
-            elif not self._ran(number):
+            elif not self._ran(needs):
                 unmet.append(requirement)
+        turn = self.turn.get(number)
+        if turn is not None and not self._ran(turn):
+            unmet.append(Requirement(self.ranks[turn], self.actions[turn], "it is listed before the copy"))
         meets = self.sends is Sends.RENDEZVOUS and action.op in SEND_OPS
         if meets and (meeting := receive_of(action, self.program)) is not None:
             receive = self._number(meeting)
