@@ -30,12 +30,15 @@ from parallel.tensor.functions import cross_entropy
 from parallel.tensor.plan import apply_plan, parameter_specs
 from parallel.zero.copies import CopiedGradients
 from parallel.zero.gradients import DataChannels, GradientStore
+from parallel.zero.norm import GradientNorm, counted_ranges
 from parallel.zero.optimizer import ShardedOptimizer
 from trainer.config.run import ResolvedRun
-from trainer.engine import Engine, OptimizerStep
+from trainer.engine import Engine
 from trainer.models.decoder import TENSOR_PLAN, unit_builders
 from trainer.models.initialize import initial_weight
 from trainer.optim.kernels import make_kernel
+from trainer.optim.post_validation import PostValidation
+from trainer.optim.step import OptimizerStep
 from trainer.program import build_program, numbers_of, units_of_parts
 
 _EMBED = "embed"
@@ -188,6 +191,20 @@ def await_weights(run: ResolvedRun, optimizer: ShardedOptimizer, unit: str) -> N
         optimizer.finish_gather(_EMBED)
 
 
+def build_optimizer_step(
+    run: ResolvedRun, mesh: Mesh, optimizer: ShardedOptimizer, copies: CopiedGradients
+) -> OptimizerStep:
+    """The tail of the step, with or without a barrier before the updates."""
+    config = run.config.optimizer
+    units = optimizer.parameters.space.units
+    counted = {unit.name: counted_ranges(unit.slots, mesh.position["tensor"]) for unit in units}
+    axes = ("tensor", "data_shard") if optimizer.sharded else ("tensor",)
+    norm = GradientNorm(optimizer, counted, mesh.channel(*axes), mesh.beside_pipeline)
+    if config.validation == "after":
+        return PostValidation(norm, optimizer, copies, config.grad_clip, mesh.beside_pipeline)
+    return OptimizerStep(norm, optimizer, copies, config.grad_clip)
+
+
 def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: Observer = unobserved) -> Engine:
     """Everything that this rank trains with, with initial weights (on the meta device: shapes only)."""
     config, numbers = run.config, numbers_of(run)
@@ -211,7 +228,7 @@ def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: O
 
     pipeline = mesh.channel("pipeline")
     copies = CopiedGradients(mesh.beside_pipeline, store, copy_peers(run, program, pipeline.index, stages))
-    step = OptimizerStep(mesh, optimizer, space, copies, config.optimizer.grad_clip)
+    step = build_optimizer_step(run, mesh, optimizer, copies)
     tokens = config.train.sequence * run.batch.global_batch
     running = {
         stage.index: Stage(
@@ -228,7 +245,8 @@ def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: O
     border = torch.empty(shape, dtype=dtype, device=device)
     handlers = {Op.REDUCE: step.reduce, Op.SYNC: step.sync, Op.UPDATE: step.update, Op.GATHER: step.gather}
     train, evaluate = (
-        Executor(each, running, pipeline, border, handlers, observer) for each in (program, forward_only(program))
+        Executor(each, running, pipeline, border, handlers, observer, step.validate)
+        for each in (program, forward_only(program))
     )
     return Engine(mesh, space, parameters, optimizer, step, program, train, evaluate)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from parallel.pipeline.passes.reduce import add_reduce
 from parallel.pipeline.passes.transfers import pair_transfers
 from parallel.pipeline.passes.update import add_update
+from parallel.pipeline.passes.validate import add_validation
 from parallel.pipeline.program import Program
 from parallel.pipeline.schedules import registry
 from parallel.pipeline.verify import check
@@ -39,6 +40,8 @@ def complete_program(run: ResolvedRun, program: Program) -> Program:
     program = pair_transfers(program, derived_costs(run))
     program = add_reduce(program, per_microbatch=numbers_of(run).grads > 1)
     program = add_update(program)
+    if run.config.optimizer.validation == "after":
+        program = add_validation(program)
     check(program)
     return program
 

@@ -9,6 +9,9 @@ by whoever owns that part, so a new op is a new entry and not a branch here.
 Two things are decided once, when the program is read: transfers with nothing between them start together
 (`Channel.transfer`), and the W's that close a stage's step without anything between them run as one, parameter by
 parameter (`WeightGradients.run`).
+
+A VALIDATE may find that the weights were not right yet. Then everything before it is done once more, on all ranks:
+what has been sent in vain is received and dropped first.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -24,6 +28,7 @@ from torch import Tensor
 from parallel.comm.channel import Channel, Waitable
 from parallel.pipeline.actions import PASS_OPS, SEND_OPS, TRANSFER_OPS, Action, Op
 from parallel.pipeline.program import Program
+from parallel.pipeline.rules import receive_of
 from parallel.pipeline.stage import Stage
 
 Handler = Callable[[Action], None]
@@ -55,6 +60,7 @@ class Executor:
         channel: The pipeline axis; ranks of the program are indices in it.
         activation: An empty tensor whose shape (B, S, H), type and device the stage borders have.
         handlers: What to do for ops that are neither compute nor transfer.
+        validate: What VALIDATE asks: whether the weights used so far are right; if not, they are from then on.
 
     Raises:
         ValueError: the program has an op that nobody handles.
@@ -68,11 +74,12 @@ class Executor:
         activation: Tensor,
         handlers: Mapping[Op, Handler],
         observer: Observer = unobserved,
+        validate: Callable[[Action], bool] | None = None,
     ) -> None:
         self.program, self.stages, self.channel, self.activation = program, stages, channel, activation
-        self.handlers, self.observer = handlers, observer
+        self.handlers, self.observer, self.validate = handlers, observer, validate
         self.actions = program.actions[channel.index]
-        known = {*PASS_OPS, *TRANSFER_OPS, *handlers}
+        known = {*PASS_OPS, *TRANSFER_OPS, *handlers, *([] if validate is None else [Op.VALIDATE])}
         unknown = sorted({action.op for action in self.actions} - known)
         if unknown:
             raise ValueError(f"program {program.name!r} has ops that nothing here handles: {', '.join(unknown)}")
@@ -83,6 +90,8 @@ class Executor:
         self._outgoing: dict[Action, Tensor] = {}
         self._sends: deque[_Arriving] = deque()
         self._losses: dict[int, Tensor] = {}
+        self._tokens: Sequence[Tensor] = ()
+        self._targets: Sequence[Tensor] = ()
         self._train = True
 
     def run(self, tokens: Sequence[Tensor], targets: Sequence[Tensor], *, train: bool = True) -> list[Tensor]:
@@ -95,22 +104,52 @@ class Executor:
         Returns:
             The losses of the micro-batches that end on this rank, in order.
         """
-        self._train, self._losses, self._targets = train, {}, targets
-        for stage in self.stages:
-            if self.program.before(stage) is None:
-                for microbatch in self.program.microbatches_of(stage):
-                    self._inputs[stage, microbatch] = _Arriving(tokens[microbatch], None)
-        for group in self._groups:
+        self._train, self._tokens, self._targets = train, tokens, targets
+        self._begin()
+        for cell, group in enumerate(self._groups):
             try:
-                self._execute(group)
+                if group[0].op is not Op.VALIDATE:
+                    self._execute(group)
+                elif not self._is_valid(group[0]):
+                    self._repeat(cell)
             except Exception as error:
                 error.add_note(f"while pipeline rank {self.channel.index} executed {group[0]} of {self.program.name!r}")
-                for each in self.stages.values():
-                    each.abandon()
+                self._abandon()
                 raise
         self._await_sends(0)
         self._inputs.clear()
         return [self._losses[microbatch] for microbatch in sorted(self._losses)]
+
+    def _begin(self) -> None:
+        """The micro-batches are at the start of the model."""
+        self._losses.clear()
+        for stage in self.stages:
+            if self.program.before(stage) is None:
+                for microbatch in self.program.microbatches_of(stage):
+                    self._inputs[stage, microbatch] = _Arriving(self._tokens[microbatch], None)
+
+    def _abandon(self) -> None:
+        """Forget everything that is under way on this rank."""
+        for stage in self.stages.values():
+            stage.abandon()
+        for under_way in (self._inputs, self._gradients, self._outgoing):
+            under_way.clear()
+
+    def _is_valid(self, action: Action) -> bool:
+        assert self.validate is not None, "checked when the program was read"
+        with self.observer("run", action):
+            return self.validate(action)
+
+    def _repeat(self, cell: int) -> None:
+        """Do once more what comes before group `cell`, with the right weights."""
+        self._abandon()
+        for peer, count in _sent_in_vain(self.program, self.channel.index).items():
+            for _ in range(count):
+                for work in self.channel.transfer([], [(torch.empty_like(self.activation), peer)]):
+                    work.wait()
+        self._begin()
+        for group in self._groups[:cell]:
+            self._execute(group)
 
     def _execute(self, group: tuple[Action, ...]) -> None:
         """One action, or several that start together."""
@@ -223,6 +262,18 @@ def _groups(actions: Sequence[Action]) -> list[tuple[Action, ...]]:
         groups.append(tuple(actions[cell:end]))
         cell = end
     return groups
+
+
+def _sent_in_vain(program: Program, rank: int) -> dict[int, int]:
+    """Per rank that sends to `rank` before its VALIDATE, how many of those messages are received behind ours."""
+    unreceived: dict[int, int] = {}
+    before = [set(takewhile(lambda action: action.op is not Op.VALIDATE, listed)) for listed in program.actions]
+    for sender, listed in enumerate(before):
+        for action in listed:
+            meeting = receive_of(action, program) if action.op in SEND_OPS else None
+            if meeting is not None and meeting.rank == rank and meeting.action not in before[rank]:
+                unreceived[sender] = unreceived.get(sender, 0) + 1
+    return unreceived
 
 
 def _microbatch(action: Action) -> int:

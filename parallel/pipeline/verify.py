@@ -17,6 +17,7 @@ from parallel.pipeline.actions import TRANSFER_OPS, Action, Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
 from parallel.pipeline.render import render_grid
+from parallel.pipeline.rules import receive_of
 from parallel.pipeline.simulate import Sends, Timeline, peak_activations, simulate
 
 
@@ -78,6 +79,7 @@ def verify(
         *_reductions(program),
         *_syncs(program),
         *_updates(program),
+        *_validations(program),
         *_deadlocks(program, Sends(sends)),
         *_memory(program, memory_limit, costs),
     ]
@@ -252,6 +254,34 @@ def _updates(program: Program) -> Iterator[Violation]:
                     rank = program.rank_of(action.stage)
                     message = f"{action} is missing on rank {rank}, other stages have theirs"
                     yield Violation(Fault.MISSING, rank, action, message)
+
+
+def _validations(program: Program) -> Iterator[Violation]:
+    """If any rank validates, all do, once, and what they repeat stands by itself (passes/validate.py)."""
+    if Op.VALIDATE not in program.ops:
+        return
+    received: list[tuple[int, Action]] = []
+    sent: set[Action] = set()
+    for rank, listed in enumerate(program.actions):
+        cells = [cell for cell, action in enumerate(listed) if action.op is Op.VALIDATE]
+        if not cells and listed:
+            action = Action(Op.VALIDATE, listed[0].stage)
+            yield Violation(Fault.MISSING, rank, action, f"{action} is missing on rank {rank}, other ranks have theirs")
+        for cell in cells[1:]:
+            message = f"{listed[cell]} on rank {rank} validates again; list one VALIDATE a rank"
+            yield Violation(Fault.CONFLICT, rank, listed[cell], message)
+        for action in listed[: cells[0]] if cells else ():
+            if action.op in (Op.B, Op.I, Op.W, Op.RECV_I):
+                message = f"{action} is listed on rank {rank} before its VALIDATE, which has to come first"
+                yield Violation(Fault.CONFLICT, rank, action, message)
+            if action.op is Op.RECV_F:
+                received.append((rank, action))
+            elif action.op is Op.SEND_F and (receive := receive_of(action, program)) is not None:
+                sent.add(receive.action)
+    for rank, action in received:
+        if action not in sent:
+            message = f"{action} is listed on rank {rank} before its VALIDATE, its send behind that of the sender"
+            yield Violation(Fault.CONFLICT, rank, action, message)
 
 
 def _deadlocks(program: Program, sends: Sends) -> Iterator[Violation]:

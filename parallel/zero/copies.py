@@ -1,4 +1,4 @@
-"""Units whose weights two pipeline ranks hold: a tied embedding and its head, or the copies of a bidirectional schedule."""
+"""Units that two pipeline ranks hold: a tied embedding and its head, or the copies of a bidirectional schedule."""
 
 from __future__ import annotations
 

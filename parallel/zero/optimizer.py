@@ -86,6 +86,7 @@ class ShardedOptimizer:
         self.master = None if full_precision else flat_zeros(sum(lengths), torch.float32, device)
         self.ranges: dict[str, OwnedRange] = {}
         self._gathers: dict[str, Pending] = {}
+        self._saved: list[Tensor] | None = None
         start = 0
         for name, unit in gradients.units.items():
             piece = slice(start, start + unit.owned.numel())
@@ -116,7 +117,7 @@ class ShardedOptimizer:
         self.finish_gathers()
 
     def norm_squared(self, counted: dict[str, list[Range]]) -> Tensor:
-        """Sum of squares of the owned gradients, fp32, shape ().
+        """Sum of squares of the owned gradients, fp64, shape ().
 
         Args:
             counted: Per unit the ranges (within the unit) that this rank counts; an element that several ranks
@@ -129,8 +130,8 @@ class ShardedOptimizer:
                 if piece.length:
                     pieces.append(owned.gradient[piece.start : piece.stop])
         if not pieces:
-            return torch.zeros((), device=self.first_moment.device)
-        return torch.stack([_sum_of_squares(piece) for piece in pieces]).sum().float()
+            return torch.zeros((), dtype=torch.float64, device=self.first_moment.device)
+        return torch.stack([_sum_of_squares(piece) for piece in pieces]).sum()
 
     def update(self, stage: int, lr: float, divisor: Tensor, skip: Tensor) -> None:
         """Update the owned ranges of every unit of `stage`."""
@@ -150,6 +151,26 @@ class ShardedOptimizer:
                     skip=skip,
                 )
 
+    def save(self) -> None:
+        """Remember the state as it is, for `restore`: one copy of the owned ranges, made anew over the last one."""
+        state = self._state()
+        if self._saved is None:
+            self._saved = [torch.empty_like(tensor) for tensor in state]
+        for saved, tensor in zip(self._saved, state, strict=True):
+            saved.copy_(tensor)
+
+    def restore(self) -> None:
+        """Go back to what `save` remembered, bit for bit; the flat parameters follow with the next gather."""
+        assert self._saved is not None, "something was saved"
+        for saved, tensor in zip(self._saved, self._state(), strict=True):
+            tensor.copy_(saved)
+
+    def _state(self) -> list[Tensor]:
+        """Everything that an update changes."""
+        owned = self.ranges.values()
+        masters = [each.master for each in owned] if self.master is None else [self.master]
+        return [self.first_moment, self.second_moment, *masters, *(step for each in owned for step in each.steps)]
+
     def gather(self, stage: int) -> None:
         """Write the updated ranges of `stage` into the flat parameters and launch the gathers of its units."""
         for name, owned in self.ranges.items():
@@ -157,6 +178,7 @@ class ShardedOptimizer:
                 self._publish(name)
 
     def _publish(self, name: str) -> None:
+        self.finish_gather(name)
         owned = self.ranges[name]
         if self.master is not None:
             self._own_parameters(owned.unit).copy_(owned.master)

@@ -39,6 +39,12 @@ class OptimizerConfig(BaseModel):
     grad_clip: float | None = Field(
         default=1.0, gt=0, description="Largest global gradient norm; larger ones are scaled down; null: no clipping."
     )
+    validation: Literal["before", "after"] = Field(
+        default="before",
+        description="When pipeline ranks learn the global gradient norm. before: before they update, which is a "
+        "barrier. after: each updates with what it knows, and takes it back in the next step's warm-up if that was "
+        "wrong; same numbers, a copy of the optimizer state it owns.",
+    )
     learning_rate: LearningRateConfig = Field(
         default_factory=LearningRateConfig, description="How the learning rate moves over the run."
     )
