@@ -18,12 +18,11 @@ from typing import Annotated
 
 import typer
 
-from launch.schedule_options import costs_of, memory_limit_of
+from launch.schedule_options import costs_of, memory_limit_of, offload_of
 from launch.schedule_output import (
     as_object,
     comparison_object,
     comparison_text,
-    drawing_of,
     grid_text,
     list_object,
     list_text,
@@ -32,9 +31,9 @@ from launch.schedule_output import (
 from parallel.pipeline.compare import Entry, compare
 from parallel.pipeline.draw_html import draw_html
 from parallel.pipeline.draw_svg import draw_svg
-from parallel.pipeline.schedules.registry import ScheduleError, schedules
+from parallel.pipeline.schedules.registry import ScheduleError, require, schedules
 from parallel.pipeline.simulate import Sends
-from parallel.pipeline.study import Asked, Study, study
+from parallel.pipeline.study import Asked, Study, drawing_of, study
 from parallel.pipeline.trace import chrome_trace
 
 app = typer.Typer()
@@ -84,6 +83,10 @@ def schedule(
     activation: Annotated[
         str | None, typer.Option(metavar="1.5GiB", help="What one activation of one stage weighs.")
     ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(metavar="all|half|N", help="Activations of how many stages of each rank go to host memory."),
+    ] = None,
     p2p: Annotated[P2P, typer.Option(help="Whether transfers run beside the passes or hold their rank.")] = P2P.LATENCY,
     group: Annotated[
         int | None, typer.Option(metavar="G", help="Micro-batches before the next chunk has its turn.")
@@ -108,7 +111,15 @@ def schedule(
     if list_all or (name is None and compare_with is None):
         typer.echo(json.dumps(list_object(schedules())) if as_json else list_text(schedules()))
         return
+    files = {"svg": svg, "html": html, "trace": trace, "csv": csv}
     try:
+        for option, file in files.items():
+            require(
+                file is None or name is not None,
+                value=f"--{option} {file}",
+                rule="is of one schedule",
+                fix="name it, as in: atoll schedule 1f1b",
+            )
         asked = Asked(
             name=name or "",
             ranks=stages,
@@ -119,6 +130,7 @@ def schedule(
             group=group,
             time_limit_seconds=time_limit,
             sends=Sends(p2p),
+            offload=offload_of(offload),
         )
         found = study(asked) if name is not None else None
         entries = None if compare_with is None else _compare(asked, compare_with, found)
@@ -133,13 +145,15 @@ def schedule(
         _print(found, entries)
     if found is not None:
         drawing = cache(partial(drawing_of, found))
-        files: list[tuple[Path | None, Callable[[], str]]] = [
-            (csv, found.program.to_csv),
-            (svg, lambda: draw_svg(drawing())),
-            (html, lambda: draw_html(drawing())),
-            (trace, lambda: chrome_trace(drawing().bars)),
-        ]
-        _write(files, quiet=as_json)
+        texts: dict[str, Callable[[], str]] = {
+            "svg": lambda: draw_svg(drawing()),
+            "html": lambda: draw_html(drawing()),
+            "trace": lambda: chrome_trace(drawing().bars),
+            "csv": found.program.to_csv,
+        }
+        for option, file in files.items():
+            if file is not None:
+                _write(file, texts[option](), quiet=as_json)
         raise typer.Exit(_VIOLATIONS if found.violations else 0)
 
 
@@ -163,17 +177,14 @@ def _print(found: Study | None, entries: Sequence[Entry] | None) -> None:
         typer.echo(("\n" if found else "") + comparison_text(entries, unit))
 
 
-def _write(files: Sequence[tuple[Path | None, Callable[[], str]]], *, quiet: bool) -> None:
-    """Write what was asked for; what a file holds is only made if there is a name for it."""
-    for path, text in files:
-        if path is not None:
-            try:
-                path.write_text(text())
-            except OSError as error:
-                typer.echo(f"atoll schedule: {path} cannot be written: {error.strerror}", err=True)
-                raise typer.Exit(_USAGE) from None
-            if not quiet:
-                typer.echo(f"wrote {path}")
+def _write(path: Path, text: str, *, quiet: bool) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        typer.echo(f"atoll schedule: {path} cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(_USAGE) from None
+    if not quiet:
+        typer.echo(f"wrote {path}")
 
 
 def _columns() -> int | None:

@@ -77,6 +77,20 @@ def memory_limit_of(limit: str | None, activation: str | None) -> float | None:
     return count / weight
 
 
+def offload_of(text: str | None) -> float:
+    """How many stages of each rank are offloaded, as `Asked` takes it."""
+    words = {None: 0.0, "all": math.inf, "half": 0.5}
+    if text in words:
+        return words[text]
+    require(
+        text is not None and text.isdecimal() and int(text) > 0,
+        value=f"--offload {text}",
+        rule="must be all, half, or a number of stages of each rank",
+        fix="write --offload 1",
+    )
+    return float(text or 0)
+
+
 def _pairs(option: str, text: str | None, known: Mapping[str, str]) -> dict[str, PerStage]:
     values: dict[str, PerStage] = {}
     for part in (text or "").split(",") if text is not None else ():

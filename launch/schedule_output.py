@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.schedule_options import COSTS, MEMORY
+from parallel.pipeline.actions import Op
 from parallel.pipeline.compare import Entry
-from parallel.pipeline.draw_bars import Drawing, bars_of
 from parallel.pipeline.render import render_grid
 from parallel.pipeline.schedules.registry import Schedule
 from parallel.pipeline.study import Study
@@ -57,6 +57,7 @@ def as_object(study: Study) -> dict[str, Any]:
         "costs": {key: getattr(asked.costs, field) for key, field in COSTS.items()},
         "memory": {key: getattr(asked.costs, field) for key, field in MEMORY.items()},
         "p2p": str(asked.sends),
+        "offloaded": sum(action.op is Op.OFFLOAD for listed in program.actions for action in listed),
         "makespan_seconds": timeline.makespan_seconds if study.ended else None,
         "ideal_seconds": study.ideal_seconds if study.ended else None,
         "bubble_rate": timeline.bubble_rate if study.ended else None,
@@ -74,30 +75,6 @@ def as_object(study: Study) -> dict[str, Any]:
             for violation in study.violations
         ],
     }
-
-
-def drawing_of(study: Study) -> Drawing:
-    """What is drawn of one schedule."""
-    asked, program, timeline = study.asked, study.program, study.drawn
-    counts = {"ranks": program.ranks, "stages": program.depth, "micro-batches": program.microbatches}
-    facts = [(name, str(count)) for name, count in counts.items()]
-    facts += [("copies of the model", str(program.replicas))] if program.replicas > 1 else []
-    if study.ended:
-        facts += [
-            ("makespan", f"{timeline.makespan_seconds:.6g}"),
-            ("without a bubble", f"{study.ideal_seconds:.6g}"),
-            ("bubble rate", f"{timeline.bubble_rate:.4f}"),
-            ("peak activations", f"{study.peak:.4g}"),
-        ]
-    facts += [("p2p sends", str(sum(study.transfers)))]
-    facts += [("violations", str(len(study.violations)))] if study.violations else []
-    return Drawing(
-        title=program.name,
-        bars=bars_of(timeline),
-        facts=facts,
-        memory=[timeline.memory(rank) for rank in range(program.ranks)],
-        memory_limit=asked.memory_limit,
-    )
 
 
 def comparison_text(entries: Sequence[Entry], unit: str) -> str:

@@ -8,10 +8,10 @@ may become two. A transfer is of one activation at any border, so it costs the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
-from math import floor
 
 from parallel.pipeline.costs import Costs, PerStage
 from parallel.pipeline.schedules.registry import ScheduleError, find
@@ -33,7 +33,7 @@ class Entry:
 
 
 def compare(asked: Asked, names: Iterable[str], given_chunks: int = 1, known: Iterable[Study] = ()) -> list[Entry]:
-    """The schedules, ranked by makespan: first those that keep to the limit, then the others, then those that cannot.
+    """The schedules, ranked by makespan and peak: those that keep to the limit, the others, those that cannot.
 
     Args:
         asked: about each of them, ranks and micro-batches included. `chunks` is for schedules that take any number.
@@ -55,7 +55,7 @@ def compare(asked: Asked, names: Iterable[str], given_chunks: int = 1, known: It
             chunks = schedule.default_chunks if schedule.chunks else asked.chunks or schedule.default_chunks
             costs = carried_over(asked.costs, ranks * given_chunks, ranks * chunks)
             entries.append(_entry(replace(asked, name=name, chunks=chunks, costs=costs)))
-    return sorted(entries, key=lambda entry: (entry.study is None, not entry.within, _makespan(entry), entry.name))
+    return sorted(entries, key=_place)
 
 
 def carried_over(costs: Costs, stages: int, to_stages: int) -> Costs:
@@ -79,10 +79,12 @@ def _entry(asked: Asked) -> Entry:
         return Entry(asked.name, None, str(error))
 
 
-def _makespan(entry: Entry) -> float:
+def _place(entry: Entry) -> tuple[bool, bool, float, float, str]:
+    """What the order goes by; equal makespans by what they take."""
     if entry.study is None or not entry.study.ended:
-        return float("inf")
-    return entry.study.timeline.makespan_seconds
+        return entry.study is None, True, math.inf, 0.0, entry.name
+    makespan = float(f"{entry.study.timeline.makespan_seconds:.12g}")  # sums of the same times, in another order
+    return False, not entry.within, makespan, entry.study.peak, entry.name
 
 
 def _recut(values: Sequence[float], parts: int) -> tuple[float, ...]:
@@ -90,7 +92,7 @@ def _recut(values: Sequence[float], parts: int) -> tuple[float, ...]:
     until = list(accumulate(values, initial=0.0))
 
     def before(place: float) -> float:
-        whole = min(floor(place), len(values) - 1)
+        whole = min(math.floor(place), len(values) - 1)
         return until[whole] + (place - whole) * values[whole]
 
     places = [part * len(values) / parts for part in range(parts + 1)]

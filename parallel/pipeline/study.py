@@ -14,6 +14,8 @@ from pathlib import Path
 
 from parallel.pipeline.actions import Action, Op
 from parallel.pipeline.costs import Costs
+from parallel.pipeline.draw_bars import Drawing, bars_of
+from parallel.pipeline.passes.offload import offload_activations
 from parallel.pipeline.passes.transfers import pair_transfers
 from parallel.pipeline.program import Program
 from parallel.pipeline.schedules.registry import CSV, ScheduleError, find, generate, read_csv, request_for, require
@@ -31,6 +33,8 @@ class Asked:
             file says, or what the schedule is made for.
         costs: what actions take and activations weigh.
         sends: `latency` or `blocking`, see `simulate`.
+        offload: how many of the stages of each rank send their activations to host memory, as a number or as a
+            fraction below 1; 0: none.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Asked:
     group: int | None = None
     time_limit_seconds: float = 20.0
     sends: Sends = Sends.LATENCY
+    offload: float = 0
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,39 @@ def study(asked: Asked) -> Study:
         ScheduleError: no such schedule, numbers that it cannot do, or per-stage costs for another number of stages.
     """
     program, search = _program(asked)
-    violations = verify(program, asked.memory_limit, costs=asked.costs)
-    right = all(violation.fault is Fault.MEMORY for violation in violations)
-    timeline = _timeline(program, asked) if right else simulate(program, asked.costs)
-    return Study(asked, program, search, tuple(violations), timeline)
+    violations = verify(program)
+    if violations:
+        return Study(asked, program, search, tuple(violations), simulate(program, asked.costs))
+    if asked.offload:
+        of_rank = program.stages // program.ranks
+        fraction = asked.offload if asked.offload < 1 else min(asked.offload / of_rank, 1.0)
+        program = offload_activations(program, asked.costs, fraction=fraction)
+    timeline = _timeline(program, asked)
+    return Study(asked, program, search, tuple(_over_the_limit(program, timeline, asked)), timeline)
+
+
+def drawing_of(study: Study) -> Drawing:
+    """What is drawn of one schedule."""
+    asked, program, timeline = study.asked, study.program, study.drawn
+    counts = {"ranks": program.ranks, "stages": program.depth, "micro-batches": program.microbatches}
+    facts = [(name, str(count)) for name, count in counts.items()]
+    facts += [("copies of the model", str(program.replicas))] if program.replicas > 1 else []
+    if study.ended:
+        facts += [
+            ("makespan", f"{timeline.makespan_seconds:.6g}"),
+            ("without a bubble", f"{study.ideal_seconds:.6g}"),
+            ("bubble rate", f"{timeline.bubble_rate:.4f}"),
+            ("peak activations", f"{study.peak:.4g}"),
+        ]
+    facts += [("p2p sends", str(sum(study.transfers)))]
+    facts += [("violations", str(len(study.violations)))] if study.violations else []
+    return Drawing(
+        title=program.name,
+        bars=bars_of(timeline),
+        facts=facts,
+        memory=[timeline.memory(rank) for rank in range(program.ranks)],
+        memory_limit=asked.memory_limit,
+    )
 
 
 def _program(asked: Asked) -> tuple[Program, str]:
@@ -132,8 +166,7 @@ def _program(asked: Asked) -> tuple[Program, str]:
         group=asked.group,
         time_limit_seconds=asked.time_limit_seconds,
     )
-    report = getattr(schedule, "report", None)
-    return report(request) if report else (schedule.generator(request), "")
+    return schedule.report(request) if schedule.report else (schedule.generator(request), "")
 
 
 def _from_file(asked: Asked) -> Program:
@@ -171,6 +204,24 @@ def _timeline(program: Program, asked: Asked) -> Timeline:
     if asked.sends is Sends.BLOCKING and not program.has_transfers:
         program = pair_transfers(program, asked.costs, late=True)
     return simulate(program, asked.costs, sends=asked.sends)
+
+
+def _over_the_limit(program: Program, timeline: Timeline, asked: Asked) -> list[Violation]:
+    """As `verify` finds it by the order of the passes; where activations leave the device, by the simulated times."""
+    if asked.memory_limit is None or Op.OFFLOAD not in program.ops:
+        return verify(program, asked.memory_limit, costs=asked.costs)
+    found: list[Violation] = []
+    for rank, peak in enumerate(timeline.peak_activations):
+        if peak > asked.memory_limit:
+            when = next(seconds for seconds, held in timeline.memory(rank) if round(held, 9) == peak)
+            action = next(
+                span.action
+                for span in timeline.spans[rank]
+                if span.start == when and span.action.op in (Op.F, Op.RELOAD)
+            )
+            message = f"rank {rank} holds {peak:g} activations at {action}, the limit is {asked.memory_limit:g}"
+            found.append(Violation(Fault.MEMORY, rank, action, message))
+    return found
 
 
 def _leaves(action: Action, program: Program) -> bool:

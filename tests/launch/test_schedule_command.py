@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +243,9 @@ def test_what_cannot_do_the_numbers_is_listed_with_its_reason() -> None:
         (("1f1b", "--stages", 2, "--microbatches", 2, "--activation", "1GB"), "there is no limit"),
         (("1f1b", "--stages", 2, "--microbatches", 2, "--activation", "1GB", "--memory-limit", "4"), "unit"),
         (("zb-auto", "--stages", 4, "--microbatches", 4, "--memory-limit", "0.5"), "memory_limit=0.5"),
+        (("1f1b", "--stages", 4, "--microbatches", 4, "--offload", "some"), "--offload some"),
+        (("1f1b", "--stages", 4, "--microbatches", 4, "--offload", "0"), "--offload 0"),
+        (("--stages", 4, "--microbatches", 4, "--compare", "all", "--svg", "x.svg"), "--svg x.svg"),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
@@ -255,6 +259,27 @@ def test_a_limit_in_bytes() -> None:
     status, out, _ = call(*numbers, "5GB", "--json")
     assert status == 1
     assert json.loads(out)["memory_limit"] == pytest.approx(5e9 / (1.5 * 2**30))
+
+
+def test_offloaded_activations_do_not_count() -> None:
+    numbers = ("uniform", "--stages", 4, "--chunks", 4, "--microbatches", 8, "--costs", "offload=0.4,reload=0.4")
+    half, one, gone = (answer(*numbers, "--offload", how) for how in ("half", 1, "all"))
+    stay = answer(*numbers)
+    assert max(stay["peak_activations"]) > max(one["peak_activations"]) > max(half["peak_activations"])
+    assert max(half["peak_activations"]) > max(gone["peak_activations"])
+    assert stay["offloaded"] == 0 < one["offloaded"] < half["offloaded"] < gone["offloaded"]
+    assert stay["makespan_seconds"] == half["makespan_seconds"] == gone["makespan_seconds"]
+    limit = max(half["peak_activations"])
+    assert answer(*numbers, "--offload", "half", "--memory-limit", limit)["violations"] == []
+    status, _, err = call(*numbers, "--offload", "half", "--memory-limit", limit - 1)
+    assert status == 1
+    assert re.search(rf"memory: rank 0 holds {limit} activations at \d+F\d+, the limit is {limit - 1}", err)
+
+
+def test_a_search_says_what_it_found() -> None:
+    numbers = ("zb-ilp", "--stages", 2, "--microbatches", 3)
+    assert "\nsearch       " in call(*numbers)[1]
+    assert answer(*numbers)["search"]
 
 
 def test_a_limit_that_a_fixed_order_does_not_keep() -> None:
