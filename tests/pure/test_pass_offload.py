@@ -157,7 +157,7 @@ def test_peaks_fall_as_published(v: int, ratio: float) -> None:
 
 
 def test_half_of_the_stages_takes_three_quarters_away() -> None:
-    program = generate("uniform", 8, 24, chunks=16)
+    program = generate("uniform", 8, 32, chunks=16)
     costs = Costs(offload_seconds=0.5, reload_seconds=0.5)
     before = max(simulate(program, costs).peak_activations)
     after = max(simulate(offload_activations(program, costs, fraction=0.5), costs).peak_activations)
