@@ -13,19 +13,43 @@ from parallel.pipeline.actions import PASS_OPS, Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.passes.transfers import pair_transfers
 from parallel.pipeline.program import Program
-from parallel.pipeline.schedules.registry import Request, ScheduleError, generate, register, schedules
+from parallel.pipeline.schedules.registry import Request, ScheduleError, generate, model_parts, register, schedules
 from parallel.pipeline.verify import verify
+from tests.programs import generate_from
 
 NAMES = st.sampled_from(sorted(schedules()))
 
 
 @given(NAMES, st.integers(1, 8), st.integers(1, 16))
 def test_schedules_are_right_and_write_compute_only(name: str, p: int, m: int) -> None:
-    program = generate(name, p, m)
-    assert (program.name, program.ranks, program.stages, program.microbatches) == (name, p, p, m)
+    try:
+        program = generate_from(name, p, m)
+    except ScheduleError as refused:
+        assert refused.value == f"ranks={p}", "any number of micro-batches is either possible or has a next that is"
+        return
+    assert (program.name, program.ranks) == (name, p)
+    assert program.depth == model_parts(name, p)
+    assert m <= program.microbatches <= m + 2 * p
     assert program.ops <= PASS_OPS
     assert verify(program) == []
     assert verify(pair_transfers(program)) == []
+
+
+@pytest.mark.parametrize("p", [2, 4, 8])
+@pytest.mark.parametrize("name", sorted(schedules()))
+def test_usual_numbers_are_possible_for_every_schedule(name: str, p: int) -> None:
+    for m in (2 * p, 4 * p):
+        assert generate_from(name, p, m).microbatches == m
+
+
+@pytest.mark.parametrize("name", sorted(schedules()))
+def test_every_stage_adds_its_micro_batches_up_in_order(name: str) -> None:
+    """What makes all schedules equal bit for bit."""
+    program = generate_from(name, 4, 8)
+    for stage in range(program.stages):
+        listed = program.actions[program.rank_of(stage)]
+        adding = [action.microbatch for action in listed if action.stage == stage and action.op in (Op.B, Op.W)]
+        assert adding == list(program.microbatches_of(stage))
 
 
 @given(st.integers(1, 8), st.integers(1, 16))
