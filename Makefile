@@ -43,6 +43,7 @@ bench: $(READY) ## Run the benchmarks, one JSON object each
 docs: $(READY) ## Write the parts of the documentation that come from the code
 	$(BIN)/atoll schema > examples/atoll.schema.json
 	$(BIN)/python -m trainer.config.reference > docs/configuration.md
+	$(BIN)/python -m parallel.pipeline.gallery docs/images/schedules
 
 clean: ## Remove the environment and everything that tools leave behind; runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
