@@ -34,6 +34,12 @@ class Op(StrEnum):
     SYNC = "SYNC"  # reduced gradients summed over the copies of the stage on other pipeline ranks
     GATHER = "GATHER"  # parameters collected from the data-parallel ranks
     RELEASE = "RELEASE"  # collected parameters dropped
+    # Parameters that are whole only for a while (passes/weights.py); named after the first pass of that while ...
+    GATHER_F = "GATHER_F"  # collected for a run of passes that begins with a forward
+    GATHER_I = "GATHER_I"  # likewise, with a backward
+    # ... and after the last.
+    RELEASE_F = "RELEASE_F"  # dropped behind a forward
+    RELEASE_I = "RELEASE_I"  # dropped behind a backward
     OFFLOAD = "OFFLOAD"  # activations of a micro-batch to host memory
     RELOAD = "RELOAD"  # and back
     FETCH = "FETCH"  # optimizer state in
@@ -69,6 +75,10 @@ LANE_OF: Mapping[Op, Lane] = MappingProxyType(
         Op.SYNC: Lane.DP_COMM,
         Op.GATHER: Lane.DP_COMM,
         Op.RELEASE: Lane.DP_COMM,
+        Op.GATHER_F: Lane.DP_COMM,
+        Op.GATHER_I: Lane.DP_COMM,
+        Op.RELEASE_F: Lane.DP_COMM,
+        Op.RELEASE_I: Lane.DP_COMM,
         Op.OFFLOAD: Lane.D2H,
         Op.RELOAD: Lane.H2D,
         Op.FETCH: Lane.DISK,
@@ -82,7 +92,8 @@ LANE_OF: Mapping[Op, Lane] = MappingProxyType(
 PASS_OPS: frozenset[Op] = frozenset({Op.F, Op.B, Op.I, Op.W})
 SEND_OPS: frozenset[Op] = frozenset({Op.SEND_F, Op.SEND_I})
 TRANSFER_OPS: frozenset[Op] = SEND_OPS | {Op.RECV_F, Op.RECV_I}
-PER_MICROBATCH_OPS: frozenset[Op] = PASS_OPS | TRANSFER_OPS | {Op.OFFLOAD, Op.RELOAD}
+WEIGHT_OPS: frozenset[Op] = frozenset({Op.GATHER_F, Op.GATHER_I, Op.RELEASE_F, Op.RELEASE_I})
+PER_MICROBATCH_OPS: frozenset[Op] = PASS_OPS | TRANSFER_OPS | WEIGHT_OPS | {Op.OFFLOAD, Op.RELOAD}
 STEP_OPS: frozenset[Op] = frozenset({Op.SYNC, Op.FETCH, Op.UPDATE, Op.VALIDATE, Op.FLUSH})  # never of one micro-batch
 
 _NUMBER = "0|[1-9][0-9]*"  # no leading zeros: the text form has one spelling

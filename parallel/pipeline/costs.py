@@ -26,7 +26,7 @@ class Costs:
         update_seconds: UPDATE.
         offload_seconds: OFFLOAD, one number or one a stage.
         reload_seconds: RELOAD, likewise.
-        gather_seconds: GATHER.
+        gather_seconds: GATHER, GATHER_F and GATHER_I.
         sync_seconds: SYNC.
         activation: what a forward keeps for its backward, one number or one a stage; in any one unit, such as
             bytes. The default counts activations.
@@ -97,7 +97,7 @@ class Costs:
                 return _of_stage(self.offload_seconds, action.stage)
             case Op.RELOAD:
                 return _of_stage(self.reload_seconds, action.stage)
-            case Op.GATHER:
+            case Op.GATHER | Op.GATHER_F | Op.GATHER_I:
                 return self.gather_seconds
             case Op.SYNC:
                 return self.sync_seconds

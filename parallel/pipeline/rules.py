@@ -4,9 +4,9 @@ The simulator and the verifier read it, passes keep to it, and the executor wait
 
 Three kinds of waiting make up the meaning of a program. First, actions on one lane of one rank run in the order
 in which the rank lists them. Second, an action waits for other actions, on its own rank or elsewhere, by the
-rules below. Third, a copy of activations (`IN_TURN`) waits for the pass that its rank lists before it: a RELOAD
-could run as soon as its OFFLOAD has, and only its place in the list says when the memory is to be filled again.
-Nothing else orders anything: lanes of one rank run beside each other.
+rules below. Third, what fills memory ahead of a pass (`IN_TURN`) waits for the pass that its rank lists before
+it: a RELOAD could run as soon as its OFFLOAD has, a gather at once, and only their places in the list say when the
+memory is to be filled. Nothing else orders anything: lanes of one rank run beside each other.
 
 A boundary between two stages is crossed in one of two ways. Where the program has transfers and the stages
 are on different ranks, data arrives by RECV and the consumer waits for that. Where both stages share a rank,
@@ -76,6 +76,7 @@ _BACKWARD = (
     Rule((Op.RECV_I,), "its output gradient has arrived", At.OWN_FED_AFTER),
     Rule((Op.B, Op.I), "the stage after has its input gradient", At.AFTER_DIRECT),
     Rule((Op.RELOAD,), "its activations are back on the device", if_listed=True),
+    Rule((Op.GATHER_I,), "its weights are whole", if_listed=True),
     # A backward overwrites the gradients that a wrong update would have to be made again with.
     Rule((Op.VALIDATE,), "the weights are known to be right", At.RANK, if_listed=True, once=True),
 )
@@ -86,6 +87,7 @@ RULES: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
         Op.F: (
             Rule((Op.RECV_F,), "its input has arrived", At.OWN_FED_BEFORE),
             Rule((Op.F,), "the stage before has its output", At.BEFORE_DIRECT),
+            Rule((Op.GATHER_F,), "its weights are whole", if_listed=True),
         ),
         Op.B: _BACKWARD,
         Op.I: _BACKWARD,
@@ -112,6 +114,10 @@ RULES: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
         # Without an UPDATE before it, a GATHER collects weights that are as they were; nothing is waited for.
         Op.GATHER: (Rule((Op.UPDATE,), "the weights are updated", if_listed=True),),
         Op.RELEASE: (Rule((Op.F, Op.B, Op.I, Op.W), "the weights are no longer read", if_listed=True),),
+        Op.GATHER_F: (),
+        Op.GATHER_I: (),
+        Op.RELEASE_F: (Rule((Op.F,), "the weights are no longer read"),),
+        Op.RELEASE_I: (Rule((Op.B, Op.I), "the weights are no longer read"),),
         Op.OFFLOAD: (Rule((Op.F,), "the activations exist"),),
         Op.RELOAD: (Rule((Op.OFFLOAD,), "the activations are in host memory"),),
         Op.FETCH: (),
@@ -120,7 +126,7 @@ RULES: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
 )
 
 
-IN_TURN: frozenset[Op] = frozenset({Op.OFFLOAD, Op.RELOAD})
+IN_TURN: frozenset[Op] = frozenset({Op.OFFLOAD, Op.RELOAD, Op.GATHER_F, Op.GATHER_I})
 """Ops that wait for the last F, B, I or W listed before them."""
 
 
