@@ -46,7 +46,7 @@ def attach_slot(parameter: nn.Parameter, slot: GradientSlot, gradients: WeightGr
         gradient = parameter.grad
         if gradient is None:
             return  # the layer writes to the slot itself; autograd calls the hook all the same
-        gradients.submit(lambda: slot.accumulate(lambda view, fresh: add_into(view, gradient, fresh)))
+        gradients.submit(lambda: slot.accumulate(lambda view, fresh: add_into(view, gradient, fresh)), gradient)
         parameter.grad = None
 
     parameter.register_post_accumulate_grad_hook(move)
@@ -86,18 +86,24 @@ class WeightGradients:
 
     Args:
         hold: Within a whole backward pass - False: run at once. True: hold until `drain`.
+
+    Attributes:
+        on_keep: Told about the tensors that are kept for a later W.
     """
 
     def __init__(self, *, hold: bool = False) -> None:
         self.hold = hold
+        self.on_keep: Callable[[Sequence[Tensor]], None] | None = None
         self._waiting: deque[Work] = deque()
         self._kept: dict[int, deque[Work]] = {}
         self._keeping: deque[Work] | None = None
 
-    def submit(self, work: Work) -> None:
-        """Run `work` now, or when its moment comes."""
+    def submit(self, work: Work, *factors: Tensor) -> None:
+        """Run `work`, which reads `factors`, now or when its moment comes."""
         if self._keeping is not None:
             self._keeping.append(work)
+            if self.on_keep is not None:
+                self.on_keep(factors)
         elif self.hold:
             self._waiting.append(work)
         else:

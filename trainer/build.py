@@ -25,14 +25,16 @@ from parallel.pipeline.actions import Op
 from parallel.pipeline.executor import Executor, Observer, unobserved
 from parallel.pipeline.passes.forward import forward_only
 from parallel.pipeline.program import Program
-from parallel.pipeline.stage import Stage
+from parallel.pipeline.stage import Stage, keep_nothing
 from parallel.tensor.functions import cross_entropy
 from parallel.tensor.plan import apply_plan, parameter_specs
 from parallel.zero.copies import CopiedGradients
 from parallel.zero.gradients import DataChannels, GradientStore
 from parallel.zero.norm import GradientNorm, counted_ranges
 from parallel.zero.optimizer import ShardedOptimizer
+from trainer.activations import build_activations
 from trainer.config.run import ResolvedRun
+from trainer.costs import derived_costs
 from trainer.engine import Engine
 from trainer.models.decoder import TENSOR_PLAN, unit_builders
 from trainer.models.initialize import initial_weight
@@ -229,6 +231,11 @@ def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: O
     pipeline = mesh.channel("pipeline")
     copies = CopiedGradients(mesh.beside_pipeline, store, copy_peers(run, program, pipeline.index, stages))
     step = build_optimizer_step(run, mesh, optimizer, copies)
+    activations = build_activations(run, pipeline.index, parameters.buffer)
+    if activations is not None:
+        activations.plan(program, derived_costs(run))
+        for stage in stages:
+            stage.gradients.on_keep = activations.store.hold
     tokens = config.train.sequence * run.batch.global_batch
     running = {
         stage.index: Stage(
@@ -238,17 +245,19 @@ def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: O
             stage.gradients,
             store,
             partial(await_weights, run, optimizer),
+            keep_nothing if activations is None else activations.keeper,
         )
         for stage, chain in zip(stages, chains, strict=True)
     }
     shape = (run.batch.micro_batch, config.train.sequence, config.model.hidden)
     border = torch.empty(shape, dtype=dtype, device=device)
     handlers = {Op.REDUCE: step.reduce, Op.SYNC: step.sync, Op.UPDATE: step.update, Op.GATHER: step.gather}
+    handlers |= {} if activations is None else activations.handlers
     train, evaluate = (
         Executor(each, running, pipeline, border, handlers, observer, step.validate)
         for each in (program, forward_only(program))
     )
-    return Engine(mesh, space, parameters, optimizer, step, program, train, evaluate)
+    return Engine(mesh, space, parameters, optimizer, step, program, train, evaluate, activations)
 
 
 def _loss(mesh: Mesh, tokens: int, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:

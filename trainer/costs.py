@@ -1,25 +1,27 @@
 """What the passes of each part of the model cost, from the sizes alone: what is planned with until it is measured.
 
-Times are FLOPs over one nominal rate; only their ratios matter. A matrix costs the same in F, I and W. Attention
-scores have no weights: their backward, twice their forward, is all in I. Recomputation runs the forward again
-within I (or B). Transfers count nothing here.
+Times are FLOPs over the rate that a rank is planned to compute at (offload.activations.compute_flops_per_second);
+only their ratios matter, to each other and to the copies of activations, which are bytes over the planned bandwidth.
+A matrix costs the same in F, I and W. Attention scores have no weights: their backward, twice their forward, is all
+in I. Recomputation runs the forward again within I (or B). Transfers count nothing here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from parallel.pipeline.costs import Costs
 from trainer.config.run import ResolvedRun
 from trainer.models.partition import feed_forward_elements, stage_units, unit_flops, unit_products
-
-NOMINAL_FLOPS = 1e12
-"""FLOP/s that the times are given at."""
+from trainer.sizes import activation_bytes
 
 
 def derived_costs(run: ResolvedRun) -> Costs:
     """Costs per part of the model for one micro-batch; one activation counts as one, whichever part it is of."""
     model, train = run.config.model, run.config.train
     parts = stage_units(model, train.sequence, run.parts, run.config.parallel.pipeline.partition)
-    rate = NOMINAL_FLOPS * run.layout.tensor / (run.batch.micro_batch * train.sequence)
+    rank_rate = run.config.offload.activations.compute_flops_per_second
+    rate = rank_rate * run.layout.tensor / (run.batch.micro_batch * train.sequence)
     products, flops = unit_products(model), unit_flops(model, train.sequence)
     forward, inputs, weights = [], [], []
     for part in parts:
@@ -29,7 +31,17 @@ def derived_costs(run: ResolvedRun) -> Costs:
         forward.append((in_products + scores) / rate)
         inputs.append((in_products + 2 * scores + again) / rate)
         weights.append(in_products / rate)
-    return Costs(tuple(forward), tuple(inputs), tuple(weights))
+    copies = copy_seconds(run, parts)
+    return Costs(tuple(forward), tuple(inputs), tuple(weights), offload_seconds=copies, reload_seconds=copies)
+
+
+def copy_seconds(run: ResolvedRun, parts: Sequence[Sequence[str]]) -> tuple[float, ...]:
+    """How long the activations of one micro-batch take to host memory, or back, for each part of the model."""
+    tokens = run.batch.micro_batch * run.config.train.sequence
+    bandwidth = run.config.offload.activations.bandwidth_bytes_per_second
+    if run.config.offload.activations.stages == "none":  # then nothing is copied, and nobody has to know the device
+        return (0.0,) * len(parts)
+    return tuple(tokens * sum(activation_bytes(run, unit) for unit in part) / bandwidth for part in parts)
 
 
 def recomputed_flops(run: ResolvedRun, unit: str) -> float:

@@ -21,6 +21,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline.executor import Executor
 from parallel.pipeline.program import Program
 from parallel.zero.optimizer import ShardedOptimizer
+from trainer.activations import ActivationCopies
 from trainer.optim.step import Decision, OptimizerStep
 
 
@@ -67,6 +68,7 @@ class Engine:
         step: Handlers of the optimizer part of the program.
         train_program, train_executor: The program of a training step and what runs it.
         eval_executor: Runs forwards only.
+        activations: What moves and measures activations, if that is asked for.
     """
 
     mesh: Mesh
@@ -77,6 +79,7 @@ class Engine:
     train_program: Program
     train_executor: Executor
     eval_executor: Executor
+    activations: ActivationCopies | None = None
 
     def train(self, batches: Sequence[np.ndarray], lr: float, report: Sequence[float] = ()) -> StepResult:
         """One optimizer step on this rank's micro-batches, each of shape (B, S + 1), and what came of it.

@@ -65,7 +65,9 @@ class _Linear(torch.autograd.Function):
         dy_TO, x_TI = dy_BSO.reshape(-1, dy_BSO.shape[-1]), x_BSI.reshape(-1, x_BSI.shape[-1])
         dx_BSI = torch.mm(dy_TO, weight_OI).view(x_BSI.shape) if ctx.needs_input_grad[0] else None
         slot = ctx.slot
-        ctx.gradients.submit(lambda: slot.accumulate(lambda view, fresh: multiply_into(view, dy_TO, x_TI, fresh)))
+        ctx.gradients.submit(
+            lambda: slot.accumulate(lambda view, fresh: multiply_into(view, dy_TO, x_TI, fresh)), dy_TO, x_TI
+        )
         return dx_BSI, None, None, None
 
 
@@ -107,7 +109,7 @@ class _Embedding(torch.autograd.Function):
             here_T = local_T >= 0
             view_VH.index_add_(0, local_T[here_T], dx_TH[here_T].to(view_VH.dtype))
 
-        ctx.gradients.submit(lambda: slot.accumulate(write))
+        ctx.gradients.submit(lambda: slot.accumulate(write), dx_TH, local_T)
         return None, None, None, None, None
 
 

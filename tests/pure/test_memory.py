@@ -14,9 +14,10 @@ from trainer.build import build_modules, build_space_of
 from trainer.check import report
 from trainer.config.problems import ConfigError
 from trainer.config.run import BatchSizes, ResolvedRun, RunConfig
-from trainer.memory import activation_bytes, estimate_memory
+from trainer.memory import estimate_memory
 from trainer.models.decoder import Block, Head, Rotary
 from trainer.program import build_program, numbers_of, units_of_parts
+from trainer.sizes import activation_bytes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -129,6 +129,7 @@ def _pipeline(config: RunConfig, layout: Layout, batch: BatchSizes | None) -> li
             )
             fix = "give one number of blocks per part of the model, or null for a balanced partition"
             problems.append(Problem("parallel.pipeline.partition", partition, rule, fix))
+    problems += _offload(config, parts // pipeline.stages)
     if batch is None or problems:
         return problems
     try:
@@ -138,6 +139,15 @@ def _pipeline(config: RunConfig, layout: Layout, batch: BatchSizes | None) -> li
         key = key if key in type(pipeline).model_fields else "schedule"
         problems.append(Problem(f"parallel.pipeline.{key}", getattr(pipeline, key), error.rule, error.fix))
     return problems
+
+
+def _offload(config: RunConfig, parts: int) -> list[Problem]:
+    """Of the parts of the model on a rank, no more can be offloaded than there are."""
+    stages = config.offload.activations.stages
+    if isinstance(stages, str) or stages <= parts:
+        return []
+    rule = f"a pipeline rank holds {parts} of the model's parts"
+    return [Problem("offload.activations.stages", stages, rule, f"set it to at most {parts}, or to all")]
 
 
 def _optimizer(config: RunConfig) -> list[Problem]:

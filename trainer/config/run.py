@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from offload.config import OffloadConfig
 from parallel.comm.config import CommConfig
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
@@ -79,6 +80,7 @@ class RunConfig(BaseModel):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and its learning rate.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Degrees of the parallel axes.")
     zero: ZeroConfig = Field(default_factory=ZeroConfig, description="How far state is spread.")
+    offload: OffloadConfig = Field(default_factory=OffloadConfig, description="What waits in host memory.")
     comm: CommConfig = Field(default_factory=CommConfig, description="How collectives are carried out.")
     topology: TopologyConfig = Field(default_factory=TopologyConfig, description="Levels of the cluster.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving and resuming.")

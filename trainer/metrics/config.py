@@ -14,6 +14,10 @@ class MetricsConfig(BaseModel):
     tensorboard: bool = Field(default=True, description="Write TensorBoard events under the run directory.")
     spans: bool = Field(default=True, description="Write the spans of each rank's steps as a Chrome/Perfetto trace.")
     span_steps: int = Field(default=4, ge=0, description="How many steps after the first one the spans cover.")
+    activations: bool = Field(
+        default=False,
+        description="Measure the peak of the activations in device memory; always done where they are offloaded.",
+    )
     peak_flops: float | None = Field(
         default=None, gt=0, description="Peak FLOP/s of one device, for MFU; null: known GPUs only."
     )
