@@ -10,6 +10,19 @@ from parallel.layout import Layout
 from parallel.pipeline.schedules import registry
 
 
+class ProfileConfig(BaseModel):
+    """Measuring what the passes of a run cost, and planning its schedule again with that."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(
+        default=0, ge=0, description="Steps behind the first one of each start that are measured; 0: none."
+    )
+    replan: bool = Field(
+        default=True, description="Plan the schedule again with what was measured; false: only write costs.json."
+    )
+
+
 class PipelineConfig(BaseModel):
     """The pipeline axis: how many ranks, how many parts of the model on each, in which order they work."""
 
@@ -39,6 +52,7 @@ class PipelineConfig(BaseModel):
         description="Transformer blocks per part of the model, in the order of the forward pass; null: balanced by "
         "cost (embedding and head have weight).",
     )
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Measured costs.")
 
     def parts(self) -> int:
         """Into how many parts the model is cut.

@@ -27,6 +27,7 @@ from trainer.metrics.record import StepRecord
 from trainer.metrics.sinks import ConsoleSink, JsonLinesSink, Sink, TensorBoardSink
 from trainer.metrics.spans import Span, spans_of, write_trace
 from trainer.optim.learning_rate import learning_rate_factor
+from trainer.profile import Profile
 from trainer.session import Session
 from trainer.signals import Signals
 
@@ -47,6 +48,9 @@ class Loop:
         self._save_asked = False
         self._saved_step = session.step if session.resumed_from else -1
         self._first_step = session.step + 1
+        self.profile = Profile(
+            session.run, session.engine, session.timer, self._first_step, session.directory.costs
+        )
         self._skipped = session.step - session.engine.optimizer.step_count()
         self._tokens_per_step = session.run.batch.global_batch * session.config.train.sequence
         self._flops_per_step = self._tokens_per_step * flops_per_token(
@@ -59,7 +63,8 @@ class Loop:
     def run(self) -> None:
         """Every step, every hook."""
         sinks = self._sinks()
-        hooks: list[Hook] = [self._evaluate, *(sink.write for sink in sinks), self._checkpoint, self._trace]
+        written = [sink.write for sink in sinks]
+        hooks: list[Hook] = [self._profile, self._evaluate, *written, self._checkpoint, self._trace]
         try:
             for record in self.steps():
                 for hook in hooks:
@@ -129,6 +134,11 @@ class Loop:
 
     def _is_last(self, record: StepRecord) -> bool:
         return self.stopped or record.step == self.session.config.train.steps
+
+    def _profile(self, record: StepRecord) -> None:
+        if record.bubble_rate is not None:  # of the step before, so with the prediction for its program
+            record.predicted_bubble_rate = self.profile.predicted_before
+        self.profile.after(record.step)
 
     def _evaluate(self, record: StepRecord) -> None:
         session, train = self.session, self.session.config.train

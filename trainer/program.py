@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parallel.pipeline.costs import Costs
 from parallel.pipeline.passes.reduce import add_reduce
 from parallel.pipeline.passes.transfers import pair_transfers
 from parallel.pipeline.passes.update import add_update
@@ -20,24 +21,24 @@ def numbers_of(run: ResolvedRun) -> ThreeNumbers:
     return run.config.zero.numbers(run.layout.data_shard)
 
 
-def build_schedule(run: ResolvedRun) -> Program:
-    """The compute actions of a training step, as the schedule orders them."""
+def build_schedule(run: ResolvedRun, costs: Costs | None = None) -> Program:
+    """The compute actions of a training step, as the schedule orders them for these costs (None: derived ones)."""
     pipeline = run.config.parallel.pipeline
     return registry.generate(
         pipeline.schedule,
         run.layout.pipeline,
         run.batch.gradient_accumulation,
         chunks=pipeline.chunks,
-        costs=derived_costs(run),
+        costs=costs or derived_costs(run),
         memory_limit=pipeline.memory_limit,
         group=pipeline.group,
         time_limit_seconds=pipeline.time_limit_seconds,
     )
 
 
-def complete_program(run: ResolvedRun, program: Program) -> Program:
+def complete_program(run: ResolvedRun, program: Program, costs: Costs | None = None) -> Program:
     """A schedule with everything that a training step has besides: transfers, reductions, updates; verified."""
-    program = pair_transfers(program, derived_costs(run))
+    program = pair_transfers(program, costs or derived_costs(run))
     program = add_reduce(program, per_microbatch=numbers_of(run).grads > 1)
     program = add_update(program)
     if run.config.optimizer.validation == "after":
@@ -46,9 +47,9 @@ def complete_program(run: ResolvedRun, program: Program) -> Program:
     return program
 
 
-def build_program(run: ResolvedRun) -> Program:
-    """The program of a training step."""
-    return complete_program(run, build_schedule(run))
+def build_program(run: ResolvedRun, costs: Costs | None = None) -> Program:
+    """The program of a training step, planned for these costs (None: derived ones)."""
+    return complete_program(run, build_schedule(run, costs), costs)
 
 
 def units_of_parts(run: ResolvedRun) -> tuple[tuple[str, ...], ...]:

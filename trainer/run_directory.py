@@ -6,6 +6,7 @@
     superseded.jsonl     lines of steps that a resume went back over
     checkpoints/         see trainer/checkpoint
     tensorboard/         events
+    costs.json           measured costs of the passes, if they were asked for
     trace.json           spans of all ranks for a few steps (open in Perfetto)
     logs/rank-N.log      what each rank printed
 
@@ -34,6 +35,7 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.superseded = path / "superseded.jsonl"
         self.tensorboard = path / "tensorboard"
+        self.costs = path / "costs.json"
         self.trace = path / "trace.json"
 
     def open(self, config: Mapping[str, Any], environment: Mapping[str, Any], step: int) -> None:

@@ -94,6 +94,12 @@ class Executor:
         self._targets: Sequence[Tensor] = ()
         self._train = True
 
+    def with_program(self, program: Program) -> Executor:
+        """An executor of another program for the same stages of this rank."""
+        return Executor(
+            program, self.stages, self.channel, self.activation, self.handlers, self.observer, self.validate
+        )
+
     def run(self, tokens: Sequence[Tensor], targets: Sequence[Tensor], *, train: bool = True) -> list[Tensor]:
         """Execute the program once.
 

@@ -23,6 +23,8 @@ class StepRecord:
         mfu: Share of the devices' peak that the model's FLOPs took; None where the peak is not known.
         bubble_rate: (span - busy) / span of the rank with the longest span, from its first pass to its last, in the
             step before; None with one pipeline rank, and in the first step of a start.
+        predicted_bubble_rate: What the simulation gives for the program of that step, with measured costs if there are
+            any, else with costs derived from the sizes.
         eval_loss: Mean held-out loss per token, where it was evaluated after this step.
     """
 
@@ -37,6 +39,7 @@ class StepRecord:
     skipped_steps: int
     mfu: float | None = None
     bubble_rate: float | None = None
+    predicted_bubble_rate: float | None = None
     eval_loss: float | None = None
 
     def values(self) -> dict[str, Any]:

@@ -44,7 +44,9 @@ class ConsoleSink:
         if record.mfu is not None:
             parts.append(f"MFU {record.mfu:.1%}")
         if self._bubbles:
-            parts.append(f"bubble {sum(self._bubbles) / len(self._bubbles):.1%}")
+            mean = sum(self._bubbles) / len(self._bubbles)
+            predicted = record.predicted_bubble_rate
+            parts.append(f"bubble {mean:.1%}" + (f" (predicted {predicted:.1%})" if predicted is not None else ""))
             self._bubbles.clear()
         if record.skipped_steps:
             parts.append(f"{record.skipped_steps} skipped")
