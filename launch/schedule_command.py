@@ -160,10 +160,15 @@ def schedule(
 def _compare(asked: Asked, names: str, found: Study | None) -> list[Entry]:
     """The comparison with the schedules named, in units of the schedule that is shown, if one is."""
     chosen = list(schedules()) if names == _ALL else [name.strip() for name in names.split(",")]
-    if found is None:
-        return compare(asked, chosen)
-    asked = replace(asked, ranks=found.program.ranks, microbatches=found.program.microbatches)
-    return compare(asked, chosen, found.chunks, [found])
+    known, given_chunks = ([], 1) if found is None else ([found], found.chunks)
+    if found is not None:
+        asked = replace(asked, ranks=found.program.ranks, microbatches=found.program.microbatches)
+    if not sys.stderr.isatty():
+        return compare(asked, chosen, given_chunks, known)
+    from rich.console import Console  # only where somebody sees it
+
+    with Console(stderr=True).status("") as status:
+        return compare(asked, chosen, given_chunks, known, status.update)
 
 
 def _print(found: Study | None, entries: Sequence[Entry] | None) -> None:

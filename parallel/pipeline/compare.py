@@ -9,7 +9,7 @@ may become two. A transfer is of one activation at any border, so it costs the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 
@@ -32,7 +32,13 @@ class Entry:
         return self.study is not None and not self.study.violations
 
 
-def compare(asked: Asked, names: Iterable[str], given_chunks: int = 1, known: Iterable[Study] = ()) -> list[Entry]:
+def compare(
+    asked: Asked,
+    names: Iterable[str],
+    given_chunks: int = 1,
+    known: Iterable[Study] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Entry]:
     """The schedules, ranked by makespan and peak: those that keep to the limit, the others, those that cannot.
 
     Args:
@@ -40,6 +46,7 @@ def compare(asked: Asked, names: Iterable[str], given_chunks: int = 1, known: It
         names: registered schedules.
         given_chunks: the parts per rank that the costs are for. All figures are in units of their activations.
         known: what has been studied with these costs already.
+        progress: is told the name of each schedule when its turn comes; some search for a while.
 
     Raises:
         ScheduleError: there is no schedule of a name, numbers are missing, or per-stage costs for others.
@@ -52,6 +59,7 @@ def compare(asked: Asked, names: Iterable[str], given_chunks: int = 1, known: It
     for name in dict.fromkeys(names):
         schedule = find(name)
         if name not in done:
+            progress(name)
             chunks = schedule.default_chunks if schedule.chunks else asked.chunks or schedule.default_chunks
             costs = carried_over(asked.costs, ranks * given_chunks, ranks * chunks)
             entries.append(_entry(replace(asked, name=name, chunks=chunks, costs=costs)))

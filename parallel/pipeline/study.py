@@ -16,7 +16,10 @@ from parallel.pipeline.actions import Action, Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.draw_bars import Drawing, bars_of
 from parallel.pipeline.passes.offload import offload_activations
+from parallel.pipeline.passes.reduce import add_reduce
+from parallel.pipeline.passes.sync import add_sync
 from parallel.pipeline.passes.transfers import pair_transfers
+from parallel.pipeline.passes.update import add_update
 from parallel.pipeline.program import Program
 from parallel.pipeline.schedules.registry import CSV, ScheduleError, find, generate, read_csv, request_for, require
 from parallel.pipeline.simulate import Sends, Timeline, simulate
@@ -55,7 +58,8 @@ class Study:
 
     Attributes:
         asked: the question.
-        program: as generated or read: without transfers, unless the file lists them.
+        program: as generated or read, with what has a cost besides passes; without transfers, unless the file
+            lists them.
         search: what a schedule that searches says about its search; else empty.
         violations: why the program must not run, or does not keep to the limit.
         timeline: the simulation, as far as the program runs; with transfers as actions where they are blocking.
@@ -116,10 +120,7 @@ def study(asked: Asked) -> Study:
     violations = verify(program)
     if violations:
         return Study(asked, program, search, tuple(violations), simulate(program, asked.costs))
-    if asked.offload:
-        of_rank = program.stages // program.ranks
-        fraction = asked.offload if asked.offload < 1 else min(asked.offload / of_rank, 1.0)
-        program = offload_activations(program, asked.costs, fraction=fraction)
+    program = _completed(program, asked)
     timeline = _timeline(program, asked)
     return Study(asked, program, search, tuple(_over_the_limit(program, timeline, asked)), timeline)
 
@@ -189,6 +190,22 @@ def given(option: str, value: int | None, name: str) -> int:
     if value is None:
         raise ScheduleError(f"{option} is missing", f"{name} needs it", f"add --{option} N")
     return value
+
+
+def _completed(program: Program, asked: Asked) -> Program:
+    """With the actions that have a cost and that nobody has listed: a schedule writes passes only."""
+    costs = asked.costs
+    if asked.offload:
+        of_rank = program.stages // program.ranks
+        fraction = asked.offload if asked.offload < 1 else min(asked.offload / of_rank, 1.0)
+        program = offload_activations(program, costs, fraction=fraction)
+    if costs.reduce_seconds and Op.REDUCE not in program.ops:
+        program = add_reduce(program, per_microbatch=False)
+    if costs.sync_seconds and Op.SYNC not in program.ops:
+        program = add_sync(program, costs)
+    if (costs.update_seconds or costs.gather_seconds) and program.ops.isdisjoint({Op.UPDATE, Op.GATHER}):
+        program = add_update(program)
+    return program
 
 
 def require_costs(costs: Costs, stages: int) -> None:

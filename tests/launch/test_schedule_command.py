@@ -276,6 +276,14 @@ def test_offloaded_activations_do_not_count() -> None:
     assert re.search(rf"memory: rank 0 holds {limit} activations at \d+F\d+, the limit is {limit - 1}", err)
 
 
+def test_what_has_a_cost_takes_its_time() -> None:
+    numbers = ("bitpipe", "--stages", 4, "--microbatches", 8, "--costs")
+    plain, synced, updated = (answer(*numbers, costs) for costs in ("f=1", "f=1,reduce=3,sync=5", "f=1,update=2"))
+    assert plain["makespan_seconds"] < synced["makespan_seconds"] <= plain["makespan_seconds"] + 4 * (3 + 5)
+    assert updated["makespan_seconds"] >= plain["makespan_seconds"] + 2
+    assert plain["bubble_rate"] == synced["bubble_rate"] == updated["bubble_rate"], "of the passes"
+
+
 def test_a_search_says_what_it_found() -> None:
     numbers = ("zb-ilp", "--stages", 2, "--microbatches", 3)
     assert "\nsearch       " in call(*numbers)[1]
