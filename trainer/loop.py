@@ -88,9 +88,11 @@ class Loop:
 
     def _train(self, batches: Prefetch[int, list[np.ndarray]]) -> tuple[StepResult, float]:
         session, config = self.session, self.session.config
-        # The times of a step are known when it is over, so they travel with the report of the next one.
+        # Times and activations of a step are known when it is over, so they travel with the report of the next one.
         times = span_and_busy(session.timer.read())
-        report = (*self.signals.report(), memory_bytes(session.device), *times)
+        activations = session.engine.activations
+        peak = 0 if activations is None else activations.store.meter.take_peak()
+        report = (*self.signals.report(), memory_bytes(session.device), peak, *times)
         session.timer.begin(session.step + 1, everything=self._is_traced(session.step + 1))
         schedule = config.optimizer.learning_rate
         lr = config.optimizer.lr * learning_rate_factor(schedule, session.step, config.train.steps)
@@ -99,7 +101,7 @@ class Loop:
         return result, lr
 
     def _record(self, result: StepResult, lr: float, seconds: float) -> StepRecord:
-        stop, save_asked, memory = result.reports[:, :3].max(axis=0)
+        stop, save_asked, memory, activations = result.reports[:, :4].max(axis=0)
         self.stopped = stop > 0
         self._save_asked = save_asked > 0
         self._skipped += result.skipped
@@ -117,7 +119,8 @@ class Loop:
             memory_bytes=int(memory),
             skipped_steps=self._skipped,
             mfu=mfu,
-            bubble_rate=bubble_rate(result.reports[:, 3:]) if self.session.run.layout.pipeline > 1 else None,
+            bubble_rate=bubble_rate(result.reports[:, 4:]) if self.session.run.layout.pipeline > 1 else None,
+            activation_bytes=int(activations) or None,
         )
 
     def _sinks(self) -> list[Sink]:

@@ -25,6 +25,8 @@ class StepRecord:
             step before; None with one pipeline rank, and in the first step of a start.
         predicted_bubble_rate: What the simulation gives for the program of that step, with measured costs if there are
             any, else with costs derived from the sizes.
+        activation_bytes: Most activations in device memory at a time on any rank, in the step before; None where they
+            are not measured, and in the first step of a start.
         eval_loss: Mean held-out loss per token, where it was evaluated after this step.
     """
 
@@ -40,6 +42,7 @@ class StepRecord:
     mfu: float | None = None
     bubble_rate: float | None = None
     predicted_bubble_rate: float | None = None
+    activation_bytes: int | None = None
     eval_loss: float | None = None
 
     def values(self) -> dict[str, Any]:
