@@ -18,7 +18,9 @@ from parallel.flat.buffers import FlatParameters
 from parallel.flat.space import FlatSpace
 from parallel.layout import AXES
 from parallel.mesh import Mesh
+from parallel.pipeline.costs import Costs
 from parallel.pipeline.executor import Executor
+from parallel.pipeline.passes.forward import forward_only
 from parallel.pipeline.program import Program
 from parallel.zero.optimizer import ShardedOptimizer
 from trainer.activations import ActivationCopies
@@ -106,6 +108,14 @@ class Engine:
         """Wait until the weights are final and whole on every rank; needed before anything else reads them."""
         self.step.settle()
         self.optimizer.finish_gathers()
+
+    def adopt(self, program: Program, costs: Costs) -> None:
+        """Run another program, planned for these costs, from the next step on: the same stages on the same ranks."""
+        self.train_program = program
+        self.train_executor = self.train_executor.with_program(program)
+        self.eval_executor = self.eval_executor.with_program(forward_only(program))
+        if self.activations is not None:
+            self.activations.plan(program, costs)
 
     def _on_device(self, batches: Sequence[np.ndarray]) -> tuple[list[Tensor], list[Tensor]]:
         """Tokens and targets of each micro-batch, (B, S) each."""

@@ -26,7 +26,6 @@ from parallel.comm.channel import Channel
 from parallel.layout import AXES
 from parallel.pipeline.actions import Op
 from parallel.pipeline.costs import Costs
-from parallel.pipeline.passes.forward import forward_only
 from parallel.pipeline.program import Program
 from parallel.pipeline.verify import check
 from trainer.config.run import ResolvedRun
@@ -102,8 +101,10 @@ class Profile:
         costs = self.costs = measured_costs(ranks, old.depth, derived_costs(self.run))
         before = self.predicted_before = self.predicted = predicted_bubble_rate(self.run, old, costs)
         if self.run.config.parallel.pipeline.profile.replan:
-            adopt(engine, self._shared(costs))
-            self.predicted = predicted_bubble_rate(self.run, engine.train_program, costs)
+            again = self._shared(costs)
+            if again != old:
+                engine.adopt(again, costs)
+                self.predicted = predicted_bubble_rate(self.run, again, costs)
         measured = fmean(bubble_rate(times) or 0.0 for times in zip(*(rank.steps for rank in ranks), strict=True))
         if engine.mesh.rank == 0:
             planned = engine.train_program != old
@@ -139,13 +140,6 @@ class Profile:
             "hardware": {key: value for key, value in describe().items() if key in _HARDWARE},
         }
         replace_text(self.file, json.dumps(found, indent=1) + "\n")
-
-
-def adopt(engine: Engine, program: Program) -> None:
-    """Have the engine run another program of the same stages on the same ranks, from the next step on."""
-    engine.train_program = program
-    engine.train_executor = engine.train_executor.with_program(program)
-    engine.eval_executor = engine.eval_executor.with_program(forward_only(program))
 
 
 def time_transfers(program: Program, channel: Channel, activation: Tensor) -> list[float]:

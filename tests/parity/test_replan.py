@@ -93,6 +93,8 @@ def compare(ranks: list[dict[str, Outcome]], plain: str, profiled: str) -> None:
 
 
 PROFILE = {"steps": PROFILED}
+MORE: Case = {"optimizer.validation": "after", "offload.activations": {"stages": "all", "smallest_bytes": 0}}
+"""What carries something over from step to step, or is planned with the program."""
 
 
 @pytest.mark.parametrize(("ranks", "partition"), [(2, [2, 10]), (4, [1, 1, 9, 1])])
@@ -128,9 +130,12 @@ def test_what_no_size_tells_changes_the_program(ranks: int, partition: list[int]
     cases = {
         "plain": case(ranks, "zb-auto", partition),
         "again": case(ranks, "zb-auto", partition, profile=PROFILE),
+        "more": {**case(ranks, "zb-auto", partition, profile=PROFILE), **MORE},
     }
     found = run_ranks(ranks, train_all, cases, str(tmp_path), slow)
     compare(found, "plain", "again")
+    compare(found, "plain", "more")
+    assert found[0]["more"].programs[0] != found[0]["more"].programs[1]
     again = found[0]["again"]
     assert again.costs is not None
     forward = again.costs.forward_seconds
