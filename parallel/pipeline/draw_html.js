@@ -16,12 +16,14 @@ ofRow.forEach((list) => list.sort((a, b) => a.start - b.start));
 const begin = Math.min(0, ...ofRow.filter((list) => list.length).map((list) => list[0].start));
 const finish = bars.reduce((latest, bar) => Math.max(latest, bar.end), begin) || 1;
 const batches = [...new Set(bars.map((bar) => bar.batch))].filter((batch) => batch !== null).sort((a, b) => a - b);
+const ofBatch = new Map(batches.map((batch) => [batch, bars.filter((bar) => bar.batch === batch)]));
 const chunkOf = (bar) => data.chunks[bar.stage] || 0;
 const stages = Math.max(1, ...Object.keys(data.chunks).map((stage) => Number(stage) + 1));
 const most = Math.max(data.limit || 0, ...data.memory.map((curve) => Math.max(0, ...curve.map((step) => step[1]))));
 
 let view = { from: begin, to: finish }; // the times at both ends
 let places = []; // {top, height, row} or {top, height, rank} for a curve
+let overview = null; // the whole timeline, drawn once
 let hovered = null, pinned = null, cursor = null, ink = {};
 
 // ---- looks
@@ -141,9 +143,13 @@ function drawIdle(pen, place, right) {
 function drawRow(pen, place, right) {
   const list = ofRow[place.row], thick = data.rows[place.row][3], chosen = focus();
   pen.textAlign = "center";
+  const perSecond = scale();
+  let drawn = -1; // up to where; of bars much thinner than a pixel, one a pixel will do
   for (let at = firstAfter(list, view.from); at < list.length && list[at].start < view.to; at++) {
-    const bar = list[at], colour = colourOf(bar);
-    const left = x(bar.start), whole = (bar.end - bar.start) * scale();
+    const bar = list[at], left = LABELS + (bar.start - view.from) * perSecond, whole = (bar.end - bar.start) * perSecond;
+    if (left + whole < drawn + 0.4 && bar.batch !== chosen) continue;
+    drawn = left + whole;
+    const colour = colourOf(bar);
     const wide = Math.max(whole - Math.min(1, whole / 4), 0.6);
     pen.globalAlpha = chosen === null || bar.batch === chosen ? 1 : 0.22;
     pen.fillStyle = colour;
@@ -229,8 +235,7 @@ function drawPaths(pen) {
   };
   pen.strokeStyle = ink.accent;
   if (chosen !== null)
-    for (const bar of bars)
-      if (bar.batch === chosen) for (const [other] of bar.waits) line(bars[other], bar, 1.4, 0.65);
+    for (const bar of ofBatch.get(chosen)) for (const [other] of bar.waits) line(bars[other], bar, 1.4, 0.65);
   if (hovered && hovered.bar) for (const [other] of hovered.bar.waits) line(bars[other], hovered.bar, 2.6, 1);
   pen.globalAlpha = 1;
 }
@@ -268,13 +273,18 @@ function drawOverview() {
   canvas.style.display = zoomed ? "block" : "none";
   if (!zoomed) return;
   const pen = prepared(canvas, 26), tall = 24 / Math.max(1, thick.length);
-  thick.forEach((list, number) => {
-    for (const bar of list) {
-      pen.fillStyle = colourOf(bar);
-      const left = overviewX(bar.start);
-      pen.fillRect(left, 1 + number * tall, Math.max(overviewX(bar.end) - left, 0.3), Math.max(tall - 0.4, 0.4));
-    }
-  });
+  if (overview === null || overview.width !== canvas.width) {
+    thick.forEach((list, number) => {
+      for (const bar of list) {
+        pen.fillStyle = colourOf(bar);
+        const left = overviewX(bar.start);
+        pen.fillRect(left, 1 + number * tall, Math.max(overviewX(bar.end) - left, 0.3), Math.max(tall - 0.4, 0.4));
+      }
+    });
+    overview = document.createElement("canvas");
+    Object.assign(overview, { width: canvas.width, height: canvas.height });
+    overview.getContext("2d").drawImage(canvas, 0, 0);
+  } else pen.drawImage(overview, 0, 0, canvas.clientWidth, 26);
   pen.fillStyle = ink.page;
   pen.globalAlpha = 0.65;
   pen.fillRect(LABELS, 0, overviewX(view.from) - LABELS, 26);
@@ -446,7 +456,7 @@ function listen() {
   $("fit").onclick = () => look(begin, finish);
   $("pick").onchange = (event) => pin(event.target.value === "" ? null : Number(event.target.value));
   $("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
-  for (const id of ["colour", "lanes", "memory"]) $(id).onchange = () => (legend(), redraw());
+  for (const id of ["colour", "lanes", "memory"]) $(id).onchange = () => ((overview = null), legend(), redraw());
   addEventListener("resize", redraw);
 }
 
