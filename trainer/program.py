@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from parallel.pipeline.costs import Costs
+from parallel.pipeline.passes.offload import offload_activations
 from parallel.pipeline.passes.reduce import add_reduce
+from parallel.pipeline.passes.sync import add_sync
 from parallel.pipeline.passes.transfers import pair_transfers
 from parallel.pipeline.passes.update import add_update
 from parallel.pipeline.passes.validate import add_validation
@@ -37,10 +39,15 @@ def build_schedule(run: ResolvedRun, costs: Costs | None = None) -> Program:
 
 
 def complete_program(run: ResolvedRun, program: Program, costs: Costs | None = None) -> Program:
-    """A schedule with everything that a training step has besides: transfers, reductions, updates; verified."""
-    program = pair_transfers(program, costs or derived_costs(run))
+    """A schedule with everything that a training step has besides: transfers, copies of activations, reductions,
+    updates; verified."""
+    costs = costs or derived_costs(run)
+    program = pair_transfers(program, costs)
+    parts = program.stages // program.ranks
+    if count := run.config.offload.activations.count(parts):
+        program = offload_activations(program, costs, fraction=count / parts)
     program = add_reduce(program, per_microbatch=numbers_of(run).grads > 1)
-    program = add_update(program)
+    program = add_update(add_sync(program, costs))
     if run.config.optimizer.validation == "after":
         program = add_validation(program)
     check(program)

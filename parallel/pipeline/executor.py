@@ -148,6 +148,9 @@ class Executor:
 
     def _repeat(self, cell: int) -> None:
         """Do once more what comes before group `cell`, with the right weights."""
+        for arriving in self._inputs.values():
+            if arriving.work is not None:
+                arriving.work.wait()  # a buffer that is still being filled must not go
         self._abandon()
         for peer, count in _sent_in_vain(self.program, self.channel.index).items():
             for _ in range(count):

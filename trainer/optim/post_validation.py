@@ -122,7 +122,7 @@ class PostValidation(OptimizerStep):
     def validate(self, action: Action) -> bool:
         """Learn whether the last step's updates were right, and make them so; false if they were not."""
         guess, self._open = self._open, None
-        return guess is None or self._learn(guess)
+        return guess is None or guess.known is not None or self._learn(guess)
 
     def settle(self) -> None:
         """Make the updates of the last step final, between two steps."""
@@ -147,7 +147,8 @@ class PostValidation(OptimizerStep):
             so_far = before + own
         if last:
             whole = _Sums(torch.tensor([so_far, first], dtype=torch.float64))
-            return _Guess(self.lr, self._decide(so_far), whole)
+            decision = self._decide(so_far)
+            return _Guess(self.lr, decision, whole, known=decision if channel.size == 1 else None)
         self._send(so_far, first, channel.index + 1)
         decision = self._decide(so_far)
         acts = None if float(decision.divisor) > 1.0 and not bool(decision.skip) else decision
@@ -167,7 +168,7 @@ class PostValidation(OptimizerStep):
             agreed = bool(boldest.skip)
         else:
             agreed = float(right.divisor) == 1.0
-        if agreed or channel.size == 1:
+        if agreed:
             return True
         self.rollbacks += 1
         if not last:
