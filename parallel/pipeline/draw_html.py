@@ -1,8 +1,9 @@
 """A timeline as one HTML page that needs nothing else: no network, no other file.
 
-    draw_html.html   the page, with places for title, data and script
-    draw_html.js     draws the rows on a canvas, zooms, explains what the pointer is on
-    this module      puts the data of a drawing into the page
+    draw_html.html         the page, with places for title, data and script
+    draw_html.js           draws the rows on a canvas
+    draw_html_pointer.js   explains what the pointer is on, moves and zooms
+    this module            puts the data of a drawing into the page
 
 Pointing at a bar tells the action, its times and what it waited for (last of which decided its start), and shows
 the way of its micro-batch through the pipeline; pointing at a gap tells why the rank is idle. Memory curves lie
@@ -37,7 +38,7 @@ def draw_html(drawing: Drawing) -> str:
         "title": escape(drawing.title),
         # In a script element only "<" could end the element, and in JSON it stands in strings only.
         "data": json.dumps(_data(drawing), separators=(",", ":")).replace("<", "\\u003c"),
-        "script": _beside("draw_html.js"),
+        "script": _beside("draw_html.js") + _beside("draw_html_pointer.js"),
     }
     page = _beside("draw_html.html")
     for name, text in parts.items():
