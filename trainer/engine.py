@@ -7,7 +7,7 @@ on a global batch, or evaluate one. How it is put together is trainer/build.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -50,10 +50,14 @@ class UnderWay:
     def __init__(self, decision: Callable[[], Decision], exchange: Pending, table: Tensor) -> None:
         self._decision, self._exchange, self._table = decision, exchange, table
 
+    def arrive(self) -> None:
+        """Wait for what the other ranks report of the step."""
+        self._exchange.finish()
+
     def result(self) -> StepResult:
         """What came of the step; waits until it is known. Every rank must ask at the same point of the run."""
         decision = self._decision()
-        self._exchange.finish()
+        self.arrive()
         reports = self._table.cpu().numpy()
         return StepResult(float(reports[:, 0].sum()), float(decision.norm), bool(decision.skip), reports[:, 1:])
 
@@ -82,6 +86,7 @@ class Engine:
     train_executor: Executor
     eval_executor: Executor
     activations: ActivationCopies | None = None
+    _last: UnderWay | None = field(default=None, init=False)
 
     def train(self, batches: Sequence[np.ndarray], lr: float, report: Sequence[float] = ()) -> StepResult:
         """One optimizer step on this rank's micro-batches, each of shape (B, S + 1), and what came of it.
@@ -94,7 +99,11 @@ class Engine:
         """As `train`, but what came of it may be asked later, so that no rank waits for all others in between."""
         self.step.begin(lr)
         losses = self.train_executor.run(*self._on_device(batches))
-        return UnderWay(self.step.conclude(), *self._exchange([self._own_loss(losses), *report]))
+        exchange, table = self._exchange([self._own_loss(losses), *report])
+        before, self._last = self._last, UnderWay(self.step.conclude(), exchange, table)
+        if before is not None:  # arrived long ago; somebody has to take it, whether the outcome is asked for or not
+            before.arrive()
+        return self._last
 
     def evaluate(self, batches: Sequence[np.ndarray]) -> float:
         """Mean loss per token over this global batch; no weights change."""
@@ -108,6 +117,8 @@ class Engine:
         """Wait until the weights are final and whole on every rank; needed before anything else reads them."""
         self.step.settle()
         self.optimizer.finish_gathers()
+        if self._last is not None:
+            self._last.arrive()
 
     def adopt(self, program: Program, costs: Costs) -> None:
         """Run another program, planned for these costs, from the next step on: the same stages on the same ranks."""

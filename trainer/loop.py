@@ -12,6 +12,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from parallel.layout import AXES
 from trainer.checkpoint.store import save
 from trainer.data.batches import eval_cursors
 from trainer.data.prefetch import Prefetch
-from trainer.engine import StepResult
+from trainer.engine import UnderWay
 from trainer.metrics.flops import flops_per_token, peak_flops
 from trainer.metrics.passes import bubble_rate, span_and_busy
 from trainer.metrics.record import StepRecord
@@ -32,6 +33,15 @@ from trainer.session import Session
 from trainer.signals import Signals
 
 Hook = Callable[[StepRecord], None]
+
+
+class _Launched(NamedTuple):
+    """A step that has run, its outcome, and how long it took."""
+
+    step: int
+    under_way: UnderWay
+    lr: float
+    seconds: float
 
 
 class Loop:
@@ -78,16 +88,35 @@ class Loop:
         session, steps = self.session, self.session.config.train.steps
         size = session.run.batch.global_batch
         cursors = range(session.cursor, session.cursor + (steps - session.step) * size, size)
+        waiting: _Launched | None = None  # a step whose outcome nobody has asked for yet
         with Prefetch(session.train_batches.step_batches, cursors) as batches:
             while session.step < steps and not self.stopped:
-                start = time.perf_counter()
-                result, lr = self._train(batches)
+                launched = self._launch(batches)
                 session.step += 1
                 session.cursor += size
-                yield self._record(result, lr, time.perf_counter() - start)
+                if waiting is not None:
+                    yield self._record(waiting)
+                waiting = launched
+                if not self._is_asked_late(session.step):
+                    yield self._record(launched)
+                    waiting = None
+            if waiting is not None:
+                yield self._record(waiting)
 
-    def _train(self, batches: Prefetch[int, list[np.ndarray]]) -> tuple[StepResult, float]:
-        session, config = self.session, self.session.config
+    def _is_asked_late(self, step: int) -> bool:
+        """Whether the outcome of `step` may wait until the next step has run.
+
+        It may where no rank waits for all others at the end of a step (`optimizer.validation: after`), except before
+        anything that needs the weights of exactly this step.
+        """
+        if self.session.config.optimizer.validation == "before" or self.session.run.layout.pipeline == 1:
+            return False
+        steps = self.session.config.train.steps
+        due = self._is_evaluated(step) or self._is_saved(step) or self._save_asked or step in self.profile.steps
+        return not (due or step == steps)
+
+    def _launch(self, batches: Prefetch[int, list[np.ndarray]]) -> _Launched:
+        session, config, start = self.session, self.session.config, time.perf_counter()
         # Times and activations of a step are known when it is over, so they travel with the report of the next one.
         times = span_and_busy(session.timer.read())
         activations = session.engine.activations
@@ -96,25 +125,28 @@ class Loop:
         session.timer.begin(session.step + 1, everything=self._is_traced(session.step + 1))
         schedule = config.optimizer.learning_rate
         lr = config.optimizer.lr * learning_rate_factor(schedule, session.step, config.train.steps)
-        result = session.engine.train(next(batches), lr, report)
+        under_way = session.engine.launch(next(batches), lr, report)
+        if not self._is_asked_late(session.step + 1):
+            under_way.result()  # which is part of the step's time then
         session.timer.end()
-        return result, lr
+        return _Launched(session.step + 1, under_way, lr, time.perf_counter() - start)
 
-    def _record(self, result: StepResult, lr: float, seconds: float) -> StepRecord:
+    def _record(self, launched: _Launched) -> StepRecord:
+        result, seconds = launched.under_way.result(), launched.seconds
         stop, save_asked, memory, activations = result.reports[:, :4].max(axis=0)
         self.stopped = stop > 0
-        self._save_asked = save_asked > 0
+        self._save_asked |= save_asked > 0
         self._skipped += result.skipped
         mfu = None
         if self._peak is not None:
             mfu = self._flops_per_step / (seconds * self._peak * self.session.place.world_size)
         return StepRecord(
-            step=self.session.step,
+            step=launched.step,
             loss=result.loss,
             grad_norm=result.grad_norm,
-            lr=lr,
+            lr=launched.lr,
             seconds=seconds,
-            tokens=self.session.step * self._tokens_per_step,
+            tokens=launched.step * self._tokens_per_step,
             tokens_per_second=self._tokens_per_step / seconds,
             memory_bytes=int(memory),
             skipped_steps=self._skipped,
@@ -136,7 +168,21 @@ class Loop:
         return sinks
 
     def _is_last(self, record: StepRecord) -> bool:
-        return self.stopped or record.step == self.session.config.train.steps
+        last = self.stopped or record.step == self.session.config.train.steps
+        return last and self._is_current(record)
+
+    def _is_current(self, record: StepRecord) -> bool:
+        """Whether the weights are those of the record's step; a step that is asked about late has been left behind."""
+        return record.step == self.session.step
+
+    def _is_evaluated(self, step: int) -> bool:
+        train = self.session.config.train
+        due = step == train.steps or (train.eval_every is not None and step % train.eval_every == 0)
+        return due and train.eval_batches > 0
+
+    def _is_saved(self, step: int) -> bool:
+        every = self.session.config.checkpoint.every
+        return every is not None and step % every == 0
 
     def _profile(self, record: StepRecord) -> None:
         if record.bubble_rate is not None:  # of the step before, so with the prediction for its program
@@ -145,8 +191,7 @@ class Loop:
 
     def _evaluate(self, record: StepRecord) -> None:
         session, train = self.session, self.session.config.train
-        due = record.step == train.steps or (train.eval_every is not None and record.step % train.eval_every == 0)
-        if not due or not train.eval_batches:
+        if not self._is_evaluated(record.step):
             return
         cursors = eval_cursors(session.eval_windows, session.run.batch.global_batch, train.eval_batches)
         losses = [session.engine.evaluate(session.eval_batches.step_batches(cursor)) for cursor in cursors]
@@ -154,9 +199,12 @@ class Loop:
 
     def _checkpoint(self, record: StepRecord) -> None:
         session, config = self.session, self.session.config.checkpoint
-        due = config.every is not None and record.step % config.every == 0
         at_end = self._is_last(record) and (config.at_end or self.stopped)
-        if not (due or at_end or self._save_asked) or self._saved_step == record.step:
+        due = self._is_saved(record.step) or at_end or self._save_asked
+        if not due or not self._is_current(record):
+            return
+        self._save_asked = False
+        if self._saved_step == record.step:
             return
         session.engine.finish()
         path = save(
