@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 from parallel.pipeline.actions import Action, Op
 from parallel.pipeline.program import Program
@@ -25,13 +26,27 @@ def generate_from(name: str, ranks: int, microbatches: int, *, chunks: int | Non
     raise refused
 
 
+@cache
+def possible_ranks(name: str, most: int = 8) -> tuple[int, ...]:
+    """Numbers of ranks that a schedule can do; 2, 4 and 8 are among those of every schedule."""
+
+    def possible(ranks: int) -> bool:
+        try:
+            return bool(generate_from(name, ranks, ranks))
+        except ScheduleError:
+            return False
+
+    return tuple(ranks for ranks in range(1, most + 1) if possible(ranks))
+
+
 def random_program(seed: int, ranks: int, replicas: int = 1) -> Program:
-    """Up to 6 stages of each copy of the model placed at random, up to 4 micro-batches for each copy, backwards whole
-    or split at random, all passes in a random order that can run."""
+    """Up to 6 stages of each copy of the model placed at random, no two copies of one on the same rank, up to 4
+    micro-batches for each copy, backwards whole or split at random, all passes in a random order that can run."""
     chance = random.Random(seed)
     depth, share = chance.randint(1, 6), chance.randint(1, 4)
     stages, microbatches = depth * replicas, share * replicas
-    placement = tuple(chance.randrange(ranks) for _ in range(stages))
+    placements = [chance.sample(range(ranks), replicas) for _ in range(depth)]
+    placement = tuple(copies[copy] for copy in range(replicas) for copies in placements)
     shape = Program(f"random {seed}", ranks, stages, microbatches, placement, ((),) * ranks, replicas)
     needs = _needs(shape, chance)
     rows: list[list[Action]] = [[] for _ in range(ranks)]

@@ -7,7 +7,7 @@ ranks say into one result per case: losses, gradient norms and the full weights,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -35,6 +36,25 @@ BASE: dict[str, Any] = {
 }
 POOL_SAMPLES = 24
 """The synthetic samples repeat after so many, so that a model learns them and its loss falls."""
+
+
+class Slot:
+    """A gradient slot on its own, in the type of its parameter; NaN until it is written.
+
+    Attributes:
+        writes: How many contributions there were.
+        told: Called at each.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.view = torch.full_like(parameter, float("nan"), requires_grad=False)
+        self.writes = 0
+        self.told: Callable[[], None] = lambda: None
+
+    def accumulate(self, write: Callable[[Tensor, bool], None]) -> None:
+        write(self.view, self.writes == 0)
+        self.writes += 1
+        self.told()
 
 
 def make_config(case: Case | None = None) -> RunConfig:

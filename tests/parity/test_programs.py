@@ -6,10 +6,10 @@ number can be compared with the plain chain of all stages.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,64 +17,75 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.comm.channel import Channel
-from parallel.gradients import WeightGradients
+from parallel.gradients import WeightGradients, attach_slot
 from parallel.pipeline.actions import PASS_OPS, Action, Op
 from parallel.pipeline.executor import Executor, Observer, unobserved
 from parallel.pipeline.passes.forward import forward_only
 from parallel.pipeline.passes.reduce import add_reduce
+from parallel.pipeline.passes.sync import add_sync
 from parallel.pipeline.passes.transfers import pair_transfers
 from parallel.pipeline.passes.update import add_update
 from parallel.pipeline.program import Program
 from parallel.pipeline.schedules.registry import generate, schedules
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.verify import check
+from parallel.tensor.functions import linear
+from tests.programs import generate_from, possible_ranks, random_program
 from tests.ranks import run_ranks
+from tests.support import Slot
 
 HIDDEN, VOCAB, BATCH, SEQUENCE = 3, 7, 2, 4
-HANDLED = (Op.REDUCE, Op.UPDATE, Op.GATHER)
+HANDLED = (Op.REDUCE, Op.SYNC, Op.UPDATE, Op.GATHER)
 
 
-def random_program(seed: int, ranks: int) -> Program:
-    """Random placement of up to 6 stages, up to 4 micro-batches, passes in a random order that can run."""
-    chance = random.Random(seed)
-    stages, microbatches = chance.randint(1, 6), chance.randint(1, 4)
-    placement = tuple(chance.randrange(ranks) for _ in range(stages))
-    needs: dict[Action, set[Action]] = {}
-    for microbatch in range(microbatches):
-        for stage in range(stages):
-            forward, backward = Action(Op.F, stage, microbatch), Action(Op.B, stage, microbatch)
-            needs[forward] = {Action(Op.F, stage - 1, microbatch)} if stage else set()
-            needs[backward] = {forward} | ({Action(Op.B, stage + 1, microbatch)} if stage + 1 < stages else set())
-    rows: list[list[Action]] = [[] for _ in range(ranks)]
-    done: set[Action] = set()
-    while len(done) < len(needs):
-        action = chance.choice([each for each, needed in needs.items() if each not in done and needed <= done])
-        rows[placement[action.stage]].append(action)
-        done.add(action)
-    program = Program(f"random {seed}", ranks, stages, microbatches, placement, tuple(map(tuple, rows)))
-    return add_update(add_reduce(pair_transfers(program), per_microbatch=chance.random() < 0.5))
+def completed(program: Program, *, per_microbatch: bool = False) -> Program:
+    """A schedule with all that a step has."""
+    return add_update(add_sync(add_reduce(pair_transfers(program), per_microbatch)))
 
 
 class Sink:
     """Remembers what it is told about backward passes."""
 
     def __init__(self) -> None:
-        self.begun: list[tuple[int, bool]] = []
+        self.begun: list[int] = []
         self.ended: list[int] = []
 
-    def begin_backward(self, stage: int, last: bool) -> None:
-        self.begun.append((stage, last))
+    def begin_backward(self, stage: int) -> None:
+        self.begun.append(stage)
 
     def end_backward(self, stage: int) -> None:
         self.ended.append(stage)
 
 
-def modules(stages: int) -> list[nn.Module]:
-    """One module per stage, the same on every rank."""
-    torch.manual_seed(stages)
-    chain: list[nn.Module] = [nn.Embedding(VOCAB, HIDDEN).double()]
-    chain += [nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Tanh()).double() for _ in range(stages - 1)]
-    return chain
+class Toy(nn.Module):
+    """A linear layer as the model has them, and a parameter whose gradient autograd computes."""
+
+    def __init__(self, gradients: WeightGradients) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(HIDDEN, HIDDEN).double())
+        self.scale = nn.Parameter(torch.randn(HIDDEN).double())
+        self.gradients = gradients
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(linear(x, self.weight, self.gradients)) * self.scale
+
+
+class Part:
+    """A part of the toy model: one module, with slots for its gradients."""
+
+    def __init__(self, module: nn.Module, gradients: WeightGradients) -> None:
+        self.module, self.gradients = module, gradients
+        self.slots = {name: Slot(parameter) for name, parameter in module.named_parameters()}
+        for name, parameter in module.named_parameters():
+            attach_slot(parameter, self.slots[name], gradients)
+
+
+def parts(depth: int) -> list[Part]:
+    """The toy model, the same on every rank and in every copy."""
+    torch.manual_seed(depth)
+    queues = [WeightGradients() for _ in range(depth)]
+    chain: list[nn.Module] = [nn.Embedding(VOCAB, HIDDEN).double(), *map(Toy, queues[1:])]
+    return [Part(module, gradients) for module, gradients in zip(chain, queues, strict=True)]
 
 
 def loss(output: Tensor, targets: Tensor) -> Tensor:
@@ -87,80 +98,92 @@ def batches(microbatches: int) -> tuple[list[Tensor], list[Tensor]]:
     return [draw() for _ in range(microbatches)], [draw() for _ in range(microbatches)]
 
 
-def build(
-    program: Program, chain: list[nn.Module], sink: Sink, handled: list[Action], observer: Observer = unobserved
-) -> Executor:
-    """The executor of this rank for a toy chain; other actions than passes and transfers are noted in `handled`."""
-    assert dist.group.WORLD is not None
-    link = Channel(dist.group.WORLD)
-    last = program.stages - 1
-    mine = {
-        stage: Stage(
-            stage,
-            [(f"unit {stage}", chain[stage])],
-            loss if stage == last else None,
-            WeightGradients(),
-            sink,
-            lambda unit: None,
-        )
-        for stage in program.stages_of(link.index)
-    }
-    border = torch.empty(BATCH, SEQUENCE, HIDDEN, dtype=torch.float64)
-    return Executor(program, mine, link, border, dict.fromkeys(HANDLED, handled.append), observer)
+class Setup:
+    """An executor of this rank for the toy model, and what it left behind."""
+
+    def __init__(self, program: Program, observer: Observer = unobserved) -> None:
+        assert dist.group.WORLD is not None
+        channel, self.sink = Channel(dist.group.WORLD), Sink()
+        self.handled: list[Action] = []
+        self.parts: dict[int, Part] = {}
+        stages = {}
+        for stage in program.stages_of(channel.index):
+            part = self.parts[stage] = parts(program.depth)[program.part_of(stage)]
+            units = [(f"unit {stage}", part.module)]
+            ending = loss if program.after(stage) is None else None
+            stages[stage] = Stage(stage, units, ending, part.gradients, self.sink, lambda unit: None)
+        border = torch.empty(BATCH, SEQUENCE, HIDDEN, dtype=torch.float64)
+        handlers = dict.fromkeys(HANDLED, self.handled.append)
+        self.executor = Executor(program, stages, channel, border, handlers, observer)
+
+
+def plain_run(program: Program, copy: int) -> tuple[list[Tensor], list[Part]]:
+    """Losses of one copy's micro-batches through the plain chain of its stages, which has the gradients then."""
+    chain, losses = parts(program.depth), []
+    tokens, targets = batches(program.microbatches)
+    for microbatch in program.microbatches_of(copy * program.depth):
+        each = loss(nn.Sequential(*(part.module for part in chain))(tokens[microbatch]), targets[microbatch])
+        each.backward()
+        losses.append(each.detach())
+    return losses, chain
 
 
 def execute(program: Program) -> None:
     """One run on this rank against the plain chain: losses, gradients, evaluation, what was told to whom."""
     check(program)
-    chain, plain = modules(program.stages), modules(program.stages)
-    sink = Sink()
-    handled: list[Action] = []
-    executor = build(program, chain, sink, handled)
-    tokens, targets = batches(program.microbatches)
-    found = executor.run(tokens, targets)
+    setup = Setup(program)
+    executor, sink = setup.executor, setup.sink
+    batch = batches(program.microbatches)
+    found = executor.run(*batch)
+    listed = program.actions[executor.channel.index]
     expected = []
-    for batch, target in zip(tokens, targets, strict=True):
-        each = loss(nn.Sequential(*plain)(batch), target)
-        each.backward()
-        expected.append(each.detach())
-    rank = executor.channel.index
-    mine = program.stages_of(rank)
-    if program.stages - 1 in mine:
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    else:
-        assert found == []
-    for stage in mine:
-        for one, other in zip(chain[stage].parameters(), plain[stage].parameters(), strict=True):
-            # Micro-batches are added in the order of the program's backwards.
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-14)
-        order = [last for told, last in sink.begun if told == stage]
-        assert order == [False] * (program.microbatches - 1) + [True]
-    assert sink.ended == [stage for stage, _ in sink.begun]
-    assert handled == [action for action in program.actions[rank] if action.op in HANDLED]
-    evaluation = build(forward_only(program), chain, Sink(), [])
-    again = evaluation.run(tokens, targets, train=False)
+    for copy in range(program.replicas):
+        losses, chain = plain_run(program, copy)
+        if program.rank_of((copy + 1) * program.depth - 1) == executor.channel.index:
+            expected += losses
+        for stage, part in setup.parts.items():
+            if stage // program.depth != copy:
+                continue
+            for name, slot in chain[program.part_of(stage)].slots.items():
+                # Micro-batches are added in the order of the program's backwards.
+                torch.testing.assert_close(part.slots[name].view, slot.view, rtol=1e-12, atol=1e-14)
+                assert part.slots[name].writes == len(program.microbatches_of(stage))
+                assert part.module.get_parameter(name).grad is None
+    assert len(found) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert sink.begun == sink.ended
+    if Op.W not in program.ops:
+        assert sink.begun == [action.stage for action in listed if action.op is Op.B]
+    assert setup.handled == [action for action in listed if action.op in HANDLED]
+    evaluation = Setup(forward_only(program)).executor
+    again = evaluation.run(*batch, train=False)
     assert len(again) == len(found)
     assert all(torch.equal(one, other) for one, other in zip(again, found, strict=True))
-    assert not any(stage._under_way for stage in [*executor.stages.values(), *evaluation.stages.values()])
+    for stage in [*executor.stages.values(), *evaluation.stages.values()]:
+        assert not stage._under_way
+        assert not stage.gradients._kept
 
 
 def execute_random(seeds: range) -> int:
+    ranks = dist.get_world_size()
     for seed in seeds:
-        execute(random_program(seed, dist.get_world_size()))
+        program = random_program(seed, ranks, replicas=2 if ranks > 1 and seed % 3 == 0 else 1)
+        execute(completed(program, per_microbatch=seed % 2 == 0))
     return len(seeds)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_right_program_gives_the_plain_result(ranks: int) -> None:
-    assert run_ranks(ranks, execute_random, range(100 * ranks, 100 * ranks + 25)) == [25] * ranks
+    """Any placement and order, backwards whole and split, the model once or twice."""
+    assert run_ranks(ranks, execute_random, range(100 * ranks, 100 * ranks + 24)) == [24] * ranks
 
 
 def execute_schedules() -> None:
     ranks = dist.get_world_size()
     for name in schedules():
-        for microbatches in (1, ranks - 1, ranks, 2 * ranks + 1):
-            program = pair_transfers(generate(name, ranks, max(1, microbatches)))
-            execute(add_update(add_reduce(program, per_microbatch=False)))
+        if ranks in possible_ranks(name):
+            for microbatches in {1, ranks - 1, 2 * ranks + 1} - {0}:
+                execute(completed(generate_from(name, ranks, microbatches)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -183,42 +206,88 @@ def test_a_program_from_a_file_runs() -> None:
     run_ranks(2, execute_text, WRITTEN)
 
 
-def observe() -> list[tuple[str, str]]:
-    """What an observer of a two-stage program sees on this rank."""
-    program = add_update(add_reduce(pair_transfers(generate("1f1b", 2, 2)), per_microbatch=False))
+SPLIT = """
+0F0,0F1,0F2,0I0,0I1,0W0,0I2,0W1,0W2
+1F0,1I0,1F1,1I1,1W0,1F2,1I2,1W2,1W1
+"""
+
+
+def observe(text: str) -> list[tuple[str, str]]:
+    """What an observer of a two-stage program sees on this rank: every pass and handled action, in order."""
+    program = completed(Program.from_csv(text))
     seen: list[tuple[str, str]] = []
 
     @contextmanager
     def observer(kind: str, action: Action) -> Iterator[None]:
-        yield
         seen.append((kind, str(action)))
+        yield
 
-    tokens, targets = batches(2)
-    build(program, modules(2), Sink(), [], observer).run(tokens, targets)
+    Setup(program, observer).executor.run(*batches(program.microbatches))
     runs = [Action.parse(text) for kind, text in seen if kind == "run"]
     listed = program.actions[dist.get_rank()]
     assert runs == [action for action in listed if action.op in PASS_OPS or action.op in HANDLED]
     return seen
 
 
-def test_an_observer_sees_runs_and_waits() -> None:
-    first, last = run_ranks(2, observe)
-    assert [text for kind, text in first if kind == "wait"] == ["0B0", "0B1"]
-    assert [text for kind, text in last if kind == "wait"] == ["1F0", "1F1"]
+@pytest.mark.parametrize("text", [generate("1f1b", 2, 3).to_csv(), SPLIT], ids=["whole", "split"])
+def test_an_observer_sees_runs_and_waits(text: str) -> None:
+    """W waits for nothing: what it needs is on its rank."""
+    first, last = run_ranks(2, observe, text)
+    waits = [cell for cell in text.replace("\n", ",").split(",") if cell[:2] in ("0B", "0I", "1F")]
+    assert [text for kind, text in [*first, *last] if kind == "wait"] == waits
+
+
+def started() -> tuple[list[tuple[int, int]], list[list[int]], list[str]]:
+    """On this rank: sends and receives that started together, micro-batches of each W, writes in order."""
+    text = "0F0,0F1,0F2,0I0,0W0,0I1,0I2,0W1,0W2\n1F0,1F1,1F2,1B0,1I1,1W1,1I2,1W2"
+    program = add_reduce(pair_transfers(Program.from_csv(text)), per_microbatch=False)
+    setup = Setup(program)
+    transfers, weights, writes = [], [], []
+    transfer, executor = setup.executor.channel.transfer, setup.executor
+
+    def start(sends: Any, receives: Any) -> Any:
+        transfers.append((len(sends), len(receives)))
+        return transfer(sends, receives)
+
+    executor.channel.transfer = start  # type: ignore[method-assign]
+    for stage, part in setup.parts.items():
+        run = part.gradients.run
+        part.gradients.run = lambda listed, run=run: weights.append(list(listed)) or run(listed)  # type: ignore
+        for name, slot in part.slots.items():
+            slot.told = lambda stage=stage, name=name: writes.append(f"{stage} {name}")  # type: ignore[misc]
+    executor.run(*batches(program.microbatches))
+    cells = [[action.op.startswith(("SEND", "RECV")), action.op.startswith("SEND")] for action in executor.actions]
+    together, inside = [], False
+    for is_transfer, is_send in cells:
+        if is_transfer:
+            if not inside:
+                together.append((0, 0))
+            sends, receives = together[-1]
+            together[-1] = (sends + is_send, receives + (not is_send))
+        inside = is_transfer
+    assert transfers == together
+    return transfers, weights, writes
+
+
+def test_what_starts_together() -> None:
+    """Adjacent transfers; and the W's that close a stage's step, parameter by parameter."""
+    first, last = run_ranks(2, started)
+    assert max(sends + receives for sends, receives in first[0]) > 1
+    assert first[1] == [[0], [1, 2]]
+    assert last[1] == [[1], [2]]
+    assert last[2] == ["1 scale", "1 weight"] * 3
 
 
 def fail(stop: Callable[[], None]) -> None:
     """A stage that fails once: the error says where, and the executor can run again."""
-    program = generate("gpipe", 1, 2)
-    chain = modules(1)
-    executor = build(program, chain, Sink(), [])
-    tokens, targets = batches(2)
-    broken = chain[0].register_forward_hook(lambda *_: stop())
+    setup = Setup(generate("gpipe", 1, 2))
+    batch = batches(2)
+    broken = setup.parts[0].module.register_forward_hook(lambda *_: stop())
     with pytest.raises(ZeroDivisionError) as raised:
-        executor.run(tokens, targets)
+        setup.executor.run(*batch)
     assert raised.value.__notes__ == ["while pipeline rank 0 executed 0F0 of 'gpipe'"]
     broken.remove()
-    assert len(executor.run(tokens, targets)) == 2
+    assert len(setup.executor.run(*batch)) == 2
 
 
 def divide() -> None:

@@ -6,7 +6,6 @@ cross entropy computes its softmax in fp32 whatever it is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from parallel.mesh import PaperChannel
 from parallel.tensor.functions import cross_entropy
 from parallel.tensor.plan import STYLES, apply_plan, parameter_specs
 from tests.ranks import run_ranks
+from tests.support import Slot
 from trainer.models.config import ModelConfig
 from trainer.models.decoder import TENSOR_PLAN, unit_builders
 
@@ -36,18 +36,6 @@ MODELS: dict[str, dict[str, Any]] = {
 def model(**fields: Any) -> ModelConfig:
     sizes = {"vocab": 40, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 4, "ffn_hidden": 48}
     return ModelConfig.model_validate({**sizes, **fields})
-
-
-class Slot:
-    """Keeps a gradient in fp64, as the flat space keeps it in fp32."""
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.view = torch.full_like(parameter, float("nan"), requires_grad=False)
-        self.fresh = True
-
-    def accumulate(self, write: Callable[[Tensor, bool], None]) -> None:
-        write(self.view, self.fresh)
-        self.fresh = False
 
 
 def share(full: Tensor, dim: int | None, link: Channel) -> Tensor:
@@ -76,7 +64,7 @@ def compare_unit(unit: str, fields: dict[str, Any], hold: bool) -> None:
         with torch.no_grad():
             parameter.copy_(share(full[local], spec.shard_dim, link))
         slots[local] = (spec.shard_dim, Slot(parameter))
-        attach_slot(parameter, slots[local][1])
+        attach_slot(parameter, slots[local][1], gradients)
     for _ in range(2):
         if unit == "embed":
             inputs = torch.randint(0, config.vocab, (2, 6))

@@ -29,6 +29,7 @@ from trainer.optim.config import OptimizerConfig
 from trainer.optim.kernels import TorchAdamW
 
 MICRO_BATCHES = 3
+PASSES = {0: MICRO_BATCHES}
 LAYOUTS = {
     2: [Layout(data_shard=2), Layout(data_replicate=2)],
     3: [Layout(data_shard=3), Layout(data_replicate=3)],
@@ -75,7 +76,7 @@ def write_step(store: GradientStore, space: FlatSpace, rank: int, *, skip: str =
     """All micro-batches of a step, the last unit's gradients first, as a backward writes them."""
     store.begin_step()
     for microbatch in range(MICRO_BATCHES):
-        store.begin_backward(0, last=microbatch == MICRO_BATCHES - 1)
+        store.begin_backward(0)
         for unit in reversed(space.units):
             for slot in unit.slots:
                 if slot.spec.name == skip:
@@ -90,6 +91,7 @@ def write_step(store: GradientStore, space: FlatSpace, rank: int, *, skip: str =
 
                 store.slot(unit.name, slot.spec.name).accumulate(write)
         store.end_backward(0)
+    store.close(0)
     store.finish()
 
 
@@ -113,7 +115,7 @@ def check_reductions() -> None:
         assert len({unit.numel for unit in space.units[:2]}) == 1, "they share staging buffers' sizes"
         for stage in (0, 1, 2):
             numbers = ZeroConfig(stage=stage).numbers(layout.data_shard)
-            store = GradientStore(space, numbers, data_channels(mesh), CPU)
+            store = GradientStore(space, numbers, data_channels(mesh), CPU, PASSES)
             for skip in ("", "g.second", ""):
                 write_step(store, space, rank, skip=skip)
                 for name, unit in store.units.items():
@@ -132,22 +134,22 @@ def reductions_of_a_step(stage: Literal[0, 1, 2]) -> list[tuple[int, str]]:
     """(micro-batch, unit) at the moment its reduction is launched."""
     mesh = Mesh(Layout(data_shard=2), "cpu")
     space = gapped_space(2)
-    store = GradientStore(space, ZeroConfig(stage=stage).numbers(2), data_channels(mesh), CPU)
+    store = GradientStore(space, ZeroConfig(stage=stage).numbers(2), data_channels(mesh), CPU, PASSES)
     launched: list[tuple[int, str]] = []
     for name, unit in store.units.items():
         reduce = unit._reduce
 
-        def spy(buffer: Tensor, name: str = name, reduce: Any = reduce) -> Any:
+        def spy(buffer: Tensor, last: bool, name: str = name, reduce: Any = reduce) -> Any:
             launched.append((backwards[-1], name))
-            return reduce(buffer)
+            return reduce(buffer, last)
 
         unit._reduce = spy  # type: ignore[method-assign]
     backwards: list[int] = []
     begin = store.begin_backward
 
-    def begin_backward(stage: int, last: bool) -> None:
+    def begin_backward(stage: int) -> None:
         backwards.append(len(backwards))
-        begin(stage, last)
+        begin(stage)
 
     store.begin_backward = begin_backward  # type: ignore[method-assign]
     write_step(store, space, dist.get_rank())
@@ -169,7 +171,7 @@ def check_memory() -> None:
     space = space_of(*units, shard=4)
     held = {}
     for stage in (0, 1, 2):
-        store = GradientStore(space, ZeroConfig(stage=stage).numbers(4), data_channels(mesh), CPU)
+        store = GradientStore(space, ZeroConfig(stage=stage).numbers(4), data_channels(mesh), CPU, PASSES)
         write_step(store, space, dist.get_rank())
         held[stage] = store.memory_bytes()
     assert held[0] == held[1] == 4 * space.numel
@@ -219,7 +221,7 @@ def check_updates(dtype: torch.dtype) -> None:
                     view = parameters.buffer[first : first + slot.range.length].view(slot.spec.shape)
                     view.copy_(start[slot.spec.name])
                     views[slot.spec.name] = view
-            store = GradientStore(space, numbers, data_channels(mesh), CPU)
+            store = GradientStore(space, numbers, data_channels(mesh), CPU, PASSES)
             optimizer = ShardedOptimizer(parameters, store, TorchAdamW(config))
             optimizer.adopt_parameters()
             for divisor in divisors:
@@ -259,7 +261,7 @@ def check_norm() -> None:
     """Counted elements only, each once, in owned shares; fp64 sums of long rows."""
     mesh = Mesh(Layout(data_shard=2), "cpu")
     space = space_of(("a", {"a.w": (80, 63)}), ("b", {"b.v": (31,)}), shard=2)
-    store = GradientStore(space, ZeroConfig(stage=1).numbers(2), data_channels(mesh), CPU)
+    store = GradientStore(space, ZeroConfig(stage=1).numbers(2), data_channels(mesh), CPU, PASSES)
     optimizer = ShardedOptimizer(FlatParameters(space, torch.float32, CPU), store, TorchAdamW(OptimizerConfig()))
     write_step(store, space, dist.get_rank())
     whole = {name: expected_unit(space, name, 2).double() for name in ("a", "b")}

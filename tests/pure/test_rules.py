@@ -161,38 +161,73 @@ def test_a_config_that_holds(base: dict[str, Any]) -> None:
         ),
         ({"parallel.tensor": 4, "model.vocab": 321}, "model.vocab", 321, "must be divisible by parallel.tensor", "324"),
         (
-            {"parallel.pipeline.stages": 4, "model.layers": 3},
+            {"parallel.pipeline.stages": 4, "model.layers": 1},
             "parallel.pipeline.stages",
             4,
-            "cannot exceed the number of transformer blocks (model.layers = 3)",
-            "set parallel.pipeline.stages to at most 3",
+            "cuts the model into 4 parts, it has 3 units (embedding, 1 blocks, head)",
+            "set parallel.pipeline.stages to at most 3, or fewer chunks",
+        ),
+        (
+            {"parallel.pipeline.stages": 4, "parallel.pipeline.schedule": "zb-v"},
+            "parallel.pipeline.stages",
+            4,
+            "cuts the model into 8 parts, it has 6 units (embedding, 4 blocks, head)",
+            "set parallel.pipeline.stages to at most 3, or fewer chunks",
+        ),
+        (
+            {"parallel.pipeline.stages": 2, "parallel.pipeline.chunks": 2},
+            "parallel.pipeline.chunks",
+            2,
+            "1f1b puts 1 part of the model on each rank",
+            "set chunks to 1, or choose another schedule",
+        ),
+        (
+            {"parallel.pipeline.stages": 2, "parallel.pipeline.memory_limit": 2.0},
+            "parallel.pipeline.memory_limit",
+            2.0,
+            "1f1b has a fixed order that no limit changes",
+            "leave the limit out, or choose one of",
+        ),
+        (
+            {"parallel.pipeline.stages": 2, "parallel.pipeline.schedule": "dualpipe-v"},
+            "parallel.pipeline.schedule",
+            "dualpipe-v",
+            "dualpipe-v needs at least 2 x ranks = 4",
+            "set it to 4 or more, or choose zb-v",
+        ),
+        (
+            {"parallel.pipeline.stages": 2, "parallel.pipeline.schedule": "csv:/nowhere.csv"},
+            "parallel.pipeline.schedule",
+            "csv:/nowhere.csv",
+            "the file cannot be read (No such file or directory)",
+            "name a file that can be read",
         ),
         (
             {"parallel.pipeline.stages": 2, "parallel.pipeline.partition": [3, 2]},
             "parallel.pipeline.partition",
             [3, 2],
-            "must be 2 positive numbers that add up to model.layers (4)",
-            "give one number of blocks per stage, or null",
+            "must be 2 numbers that add up to model.layers (4), positive but for the first and last",
+            "give one number of blocks per part of the model, or null",
         ),
         (
-            {"parallel.pipeline.stages": 2, "parallel.pipeline.partition": [4, 0]},
+            {"parallel.pipeline.stages": 4, "parallel.pipeline.partition": [2, 0, 2, 0]},
             "parallel.pipeline.partition",
-            [4, 0],
-            "must be 2 positive numbers",
-            "give one number of blocks per stage",
+            [2, 0, 2, 0],
+            "must be 4 numbers that add up to model.layers (4), positive but for the first and last",
+            "give one number of blocks per part",
         ),
         (
             {"parallel.pipeline.stages": 2, "parallel.pipeline.partition": []},
             "parallel.pipeline.partition",
             [],
-            "must be 2 positive numbers",
-            "give one number of blocks per stage",
+            "must be 2 numbers that add up",
+            "give one number of blocks per part",
         ),
         (
             {"parallel.pipeline.schedule": "1fb1"},
             "parallel.pipeline.schedule",
             "1fb1",
-            "must be one of 1f1b, gpipe",
+            "must be one of 1f1b, bitpipe, breadth-first, ",
             "did you mean '1f1b'?",
         ),
         (
@@ -276,6 +311,29 @@ def test_a_run_directory_that_cannot_be_written(base: dict[str, Any], tmp_path: 
         assert "must be a writable directory" in found[0].rule
         assert "run.directory=runs/mine" in found[0].fix
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"], "nothing is left behind"
+
+
+def test_the_parts_at_the_ends_may_have_no_blocks(base: dict[str, Any]) -> None:
+    """They have the embedding and the head."""
+    case = {**base, "parallel.pipeline.stages": 4, "parallel.pipeline.partition": [0, 3, 1, 0]}
+    assert resolve(make_config(case), 4).config.parallel.pipeline.partition == (0, 3, 1, 0)
+
+
+def test_a_program_in_a_file_must_fit(base: dict[str, Any], tmp_path: Path) -> None:
+    """As many ranks and micro-batches as the run has, and every pass there."""
+    file = tmp_path / "program.csv"
+    base |= {"parallel.pipeline.stages": 2, "parallel.pipeline.schedule": f"csv:{file}"}
+    file.write_text("0F0,0F1,0I0,0W0,0I1,0W1\n1F0,1F1,1B0,1B1\n")
+    assert resolve(make_config(base), 4).parts == 2
+    for rows, accumulation, rule in (
+        ("0F0,0B0\n1F0,1B0\n", 2, "the program in the file is for microbatches=1, not 2"),
+        ("0F0,0F1,0B0,0B1\n", 2, "the program in the file is for ranks=1, not 2"),
+        ("0F0,0B0\n1F0,1C0\n", 1, "rank 1, cell 1: '1C0' is not an action: there is no op 'C'"),
+    ):
+        file.write_text(rows)
+        (problem,) = problems({**base, "train.gradient_accumulation": accumulation})
+        assert (problem.path, problem.value) == ("parallel.pipeline.schedule", f"csv:{file}")
+        assert rule in problem.rule
 
 
 def test_all_problems_are_told_at_once(base: dict[str, Any], tmp_path: Path) -> None:
