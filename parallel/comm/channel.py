@@ -31,6 +31,9 @@ class Waitable(Protocol):
     def wait(self) -> object: ...
 
 
+_TAG = 0
+"""Messages between two ranks of a group match by their order."""
+
 Steps = Generator[list[Waitable], None, None]
 """Phases of an operation: what is yielded must be waited for before the generator goes on."""
 
@@ -71,10 +74,10 @@ class Channel:
         self.group = group
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
-        gloo = dist.get_backend(group) == "gloo"
-        self._timeout = timedelta(seconds=timeout_seconds) if gloo and timeout_seconds is not None else None
+        self._gloo = dist.get_backend(group) == "gloo"
+        self._timeout = timedelta(seconds=timeout_seconds) if self._gloo and timeout_seconds is not None else None
         if algorithm == "auto":
-            algorithm = "direct" if gloo else "native"
+            algorithm = "direct" if self._gloo else "native"
         self.algorithm = algorithm
         self._scratch: list[Tensor] = []
 
@@ -124,11 +127,11 @@ class Channel:
 
     def send(self, tensor: Tensor, peer: int) -> Waitable:
         """Start to send a contiguous tensor to rank `peer` of the group; it may not change until the work ends."""
-        return self._work(dist.isend(tensor, group=self.group, group_dst=peer))
+        return self._work(self.group.send([tensor], peer, _TAG))
 
     def receive(self, tensor: Tensor, peer: int) -> Waitable:
         """Start to receive into a contiguous tensor from rank `peer` of the group."""
-        return self._work(dist.irecv(tensor, group=self.group, group_src=peer))
+        return self._work(self.group.recv([tensor], peer, _TAG))
 
     def transfer(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[Waitable]:
         """Start transfers that may proceed together: (tensor, peer) each; one work per send, then one per receive.
@@ -137,7 +140,7 @@ class Channel:
         transfers of this kind take the same communicator, which single sends and receives would not. On gloo every
         message proceeds by itself.
         """
-        if dist.get_backend(self.group) == "gloo":
+        if self._gloo:
             return [self.send(*each) for each in sends] + [self.receive(*each) for each in receives]
         operations = [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for tensor, peer in sends]
         operations += [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for tensor, peer in receives]
