@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class Profile:
             if again != old:
                 engine.adopt(again, costs)
                 self.predicted = predicted_bubble_rate(self.run, again, costs)
-        measured = fmean(bubble_rate(times) or 0.0 for times in zip(*(rank.steps for rank in ranks), strict=True))
+        measured = median(bubble_rate(times) or 0.0 for times in zip(*(rank.steps for rank in ranks), strict=True))
         if engine.mesh.rank == 0:
             planned = engine.train_program != old
             self._write(costs, is_split(ranks), before, measured, self.predicted if planned else None)
