@@ -33,7 +33,6 @@ class Op(StrEnum):
     REDUCE = "REDUCE"  # gradients summed over the data-parallel ranks
     SYNC = "SYNC"  # reduced gradients summed over the copies of the stage on other pipeline ranks
     GATHER = "GATHER"  # parameters collected from the data-parallel ranks
-    RELEASE = "RELEASE"  # collected parameters dropped
     # Parameters that are whole only for a while (passes/weights.py); named after the first pass of that while ...
     GATHER_F = "GATHER_F"  # collected for a run of passes that begins with a forward
     GATHER_I = "GATHER_I"  # likewise, with a backward
@@ -74,7 +73,6 @@ LANE_OF: Mapping[Op, Lane] = MappingProxyType(
         Op.REDUCE: Lane.DP_COMM,
         Op.SYNC: Lane.DP_COMM,
         Op.GATHER: Lane.DP_COMM,
-        Op.RELEASE: Lane.DP_COMM,
         Op.GATHER_F: Lane.DP_COMM,
         Op.GATHER_I: Lane.DP_COMM,
         Op.RELEASE_F: Lane.DP_COMM,

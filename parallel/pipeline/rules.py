@@ -113,7 +113,6 @@ RULES: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
         Op.VALIDATE: (Rule((Op.VALIDATE,), "the rank after knows the whole norm", At.RANK_AFTER, if_listed=True),),
         # Without an UPDATE before it, a GATHER collects weights that are as they were; nothing is waited for.
         Op.GATHER: (Rule((Op.UPDATE,), "the weights are updated", if_listed=True),),
-        Op.RELEASE: (Rule((Op.F, Op.B, Op.I, Op.W), "the weights are no longer read", if_listed=True),),
         Op.GATHER_F: (),
         Op.GATHER_I: (),
         Op.RELEASE_F: (Rule((Op.F,), "the weights are no longer read"),),

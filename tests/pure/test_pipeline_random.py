@@ -59,7 +59,7 @@ def any_programs(draw: st.DrawFn) -> Program:
         st.integers(0, stages - 1),
         st.integers(0, microbatches - 1),
     )
-    step_ops = st.sampled_from([Op.REDUCE, Op.GATHER, Op.RELEASE, Op.FETCH, Op.UPDATE, Op.FLUSH])
+    step_ops = st.sampled_from([Op.REDUCE, Op.SYNC, Op.GATHER, Op.FETCH, Op.UPDATE, Op.VALIDATE, Op.FLUSH])
     step = st.builds(Action, step_ops, st.integers(0, stages - 1))
     rows = draw(st.lists(st.lists(single | step, max_size=12), min_size=ranks, max_size=ranks))
     return Program("any", ranks, stages, microbatches, placement, tuple(map(tuple, rows)))

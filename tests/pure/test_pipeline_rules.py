@@ -20,7 +20,7 @@ PIECES = add_update(add_reduce(PAIRED, per_microbatch=True))
 FOLDED = pair_transfers(
     Program.from_csv("0F0,3F0,3I0,0I0,3W0,0W0\n1F0,2F0,2B0,1B0", placement=(0, 1, 1, 0), name="folded")
 )
-OFFLOADED = Program.from_csv("0F0,0OFFLOAD0,0RELOAD0,0B0,0FETCH,0UPDATE,0FLUSH,0RELEASE")
+OFFLOADED = Program.from_csv("0F0,0OFFLOAD0,0RELOAD0,0B0,0FETCH,0UPDATE,0FLUSH")
 
 
 def waits(program: Program, text: str) -> str:
@@ -66,7 +66,6 @@ def waits(program: Program, text: str) -> str:
         (OFFLOADED, "0B0", "0F0@0 0RELOAD0@0"),
         (OFFLOADED, "0UPDATE", "0B0@0 0FETCH@0"),
         (OFFLOADED, "0FLUSH", "0UPDATE@0"),
-        (OFFLOADED, "0RELEASE", "0F0@0 0B0@0"),
     ],
 )
 def test_prerequisites(program: Program, action: str, expected: str) -> None:
