@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from parallel.comm.channel import Channel
 from parallel.layout import AXES
+from parallel.mesh import Mesh
 from parallel.pipeline.actions import Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
@@ -101,7 +102,7 @@ class Profile:
         costs = self.costs = measured_costs(ranks, old.depth, derived_costs(self.run))
         before = self.predicted_before = self.predicted = predicted_bubble_rate(self.run, old, costs)
         if self.run.config.parallel.pipeline.profile.replan:
-            again = self._shared(costs)
+            again = shared(engine.mesh, lambda: planned_again(self.run, old, costs))
             if again != old:
                 engine.adopt(again, costs)
                 self.predicted = predicted_bubble_rate(self.run, again, costs)
@@ -117,16 +118,6 @@ class Profile:
                 flush=True,
             )
 
-    def _shared(self, costs: Costs) -> Program:
-        """The program that rank 0 plans."""
-        text = [""]
-        if self.engine.mesh.rank == 0:
-            text = [planned_again(self.run, self.engine.train_program, costs).to_csv()]
-        dist.broadcast_object_list(text, group=self.engine.mesh.channel(*AXES).group, group_src=0)
-        program = Program.from_csv(text[0])
-        check(program)
-        return program
-
     def _write(self, costs: Costs, split: bool, before: float, measured: float, again: float | None) -> None:
         """The costs and where they come from."""
         found: dict[str, Any] = {
@@ -140,6 +131,15 @@ class Profile:
             "hardware": {key: value for key, value in describe().items() if key in _HARDWARE},
         }
         replace_text(self.file, json.dumps(found, indent=1) + "\n")
+
+
+def shared(mesh: Mesh, plan: Callable[[], Program]) -> Program:
+    """The program that rank 0 plans, on all ranks."""
+    text = [plan().to_csv() if mesh.rank == 0 else ""]
+    dist.broadcast_object_list(text, group=mesh.channel(*AXES).group, group_src=0)
+    program = Program.from_csv(text[0])
+    check(program)
+    return program
 
 
 def time_transfers(program: Program, channel: Channel, activation: Tensor) -> list[float]:

@@ -44,7 +44,11 @@ def test_gpu_losses_follow_the_cpu(tmp_path: Path, precision: str, tolerance: fl
 
 def test_a_gpu_run_resumes_and_leaves_a_trace(tmp_path: Path) -> None:
     data, directory = tmp_path / "data", tmp_path / "run"
-    whole = train(tmp_path / "whole", data, "run.device=cuda", "run.deterministic=true")
+    profile = "parallel.pipeline.profile.steps=2"
+    whole = train(tmp_path / "whole", data, "run.device=cuda", "run.deterministic=true", profile)
+    costs = json.loads((tmp_path / "whole" / "costs.json").read_text())
+    assert 0 < costs["forward_seconds"][0] < 1, "measured by events in the stream"
+    assert 0 <= costs["bubble_rate"]["measured"] < 1
     train(directory, data, "run.device=cuda", "run.deterministic=true", "train.steps=10", "checkpoint.every=5")
     assert json.loads((directory / "trace.json").read_text())["traceEvents"]
     assert [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()] == whole

@@ -83,6 +83,41 @@ def test_the_timer_sees_passes_and_for_a_trace_the_rest() -> None:
     assert all(span.step == 7 and abs(span.start - time.time()) < 5 for span in spans_of(observer))
 
 
+def test_on_a_gpu_moments_are_events_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events that a stream would reach later than the host records them; made once, recorded in every step."""
+    stream, made = iter(range(1000, 2000, 10)), []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+            made.append(self)
+            self.reached = self.awaited = 0
+
+        def record(self) -> None:
+            self.reached = next(stream)
+
+        def synchronize(self) -> None:
+            self.awaited += 1
+
+        def elapsed_time(self, other: Event) -> float:
+            assert made[-1].awaited, "nothing is read before the last one has been reached"
+            return other.reached - self.reached
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    observer = PassTimer(torch.device("cuda"))
+    for _ in range(2):
+        observer.begin(1)
+        for microbatch in range(2):
+            with observer("wait", Action(Op.F, 0, microbatch)):
+                pass
+            with observer("run", Action(Op.F, 0, microbatch)):
+                pass
+        observer.end()
+        first, second = observer.read()
+        assert (first.start, first.end, second.start, second.end) == pytest.approx((0.01, 0.02, 0.03, 0.04))
+    assert len(made) == 5
+
+
 def test_actions_that_run_as_one_share_their_time() -> None:
     observer = timer()
     observer.begin(1)

@@ -219,6 +219,7 @@ def test_metrics_and_files_of_a_run_are_explained() -> None:
     assert [field.name for field in fields(StepRecord) if f"| `{field.name}` |" not in text] == []
     directory = RunDirectory(Path())
     files = (directory.metrics, directory.superseded, directory.trace, directory.checkpoints, directory.tensorboard)
+    files += (directory.costs,)
     assert [file.name for file in files if f"| `{file.name}" not in text] == []
 
 
