@@ -96,7 +96,8 @@ class ActivationStore:
         offloaded: Collection[tuple[int, int]] = (),
         smallest_bytes: int = 0,
     ) -> None:
-        self.device, self.offloaded, self.smallest_bytes = device, frozenset(offloaded), smallest_bytes
+        self.device, self.offloaded = device, frozenset(offloaded)
+        self.smallest_bytes = max(1, smallest_bytes)  # there is nothing to copy of an empty one
         self.meter = ActivationMeter(lasting)
         self.host = HostPool(pinned=device.type == "cuda")
         self.moved_bytes = 0

@@ -24,7 +24,7 @@ from trainer.config.problems import ConfigError, Problem
 from trainer.config.rules import resolve
 from trainer.config.run import ResolvedRun, load_config, local_ranks
 from trainer.engine import Engine
-from trainer.memory import estimate_memory
+from trainer.memory import activation_peaks, estimate_memory
 from trainer.program import build_program, numbers_of, units_of_parts
 
 _SHOWN_RANKS = 16
@@ -112,12 +112,12 @@ def _axes(run: ResolvedRun) -> str:
 def _stages(run: ResolvedRun, program: Program) -> str:
     """Units, parameters and memory of one rank of every pipeline position."""
     rows = [["rank", "units", "parameters", "weights", "gradients", "optimizer", "activations", "sum MB"]]
-    parts = units_of_parts(run)
+    activations = activation_peaks(run, units_of_parts(run), program)
     for index in range(run.layout.pipeline):
         mesh = PaperMesh(run.layout, run.layout.rank_at(pipeline=index))
         stages = build_modules(run, mesh, program)
         space = build_space_of(run, mesh, stages)
-        memory = estimate_memory(run, space, numbers_of(run), parts, program, index)
+        memory = estimate_memory(run, space, numbers_of(run), activations[index])
         sizes = (
             memory.parameters_bytes,
             memory.gradients_bytes,

@@ -8,10 +8,10 @@ key/value heads, F feed-forward; A, K and F of one tensor rank):
     selective            4 H + 2 A + 2 K                      the feed-forward is computed again
     full                 H                                    the block's input
 
-and for the head 2 H plus the fp32 softmax over the rank's vocabulary. On a CPU a norm is not one kernel and keeps
-H more. Where the backward is split, the factors of the weight gradients stay from I to W: 4 H + 2 A + 2 K + 3 F
-(GELU: 2 F). Activations that are offloaded do not count while they are in host memory. Temporary tensors of the
-operation under way, the back end's buffers and the interpreter are not in it.
+and for the head 2 H plus the fp32 softmax over the rank's vocabulary. On a CPU a norm is not one kernel: it keeps H
+more, and its input and this in fp32. Where the backward is split, the factors of the weight gradients stay from I to
+W: 4 H + 2 A + 2 K + 3 F (GELU: 2 F). Activations that are offloaded do not count while they are in host memory.
+Temporary tensors of the operation under way, the back end's buffers and the interpreter are not in it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,9 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    run: ResolvedRun,
-    space: FlatSpace,
-    numbers: ThreeNumbers,
-    parts: tuple[tuple[str, ...], ...],
-    program: Program,
-    rank: int,
+    run: ResolvedRun, space: FlatSpace, numbers: ThreeNumbers, activations_bytes: int
 ) -> MemoryEstimate:
-    """The estimate for pipeline rank `rank`, which holds `space`; `parts` are the units of each part of the model."""
+    """The estimate for a rank that holds `space` and so many bytes of activations (`activation_peaks`)."""
     compute_bytes = element_bytes(run)
     owned = space.numel // numbers.optim
     separate_master = compute_bytes != FP32_BYTES
@@ -61,12 +56,16 @@ def estimate_memory(
         parameters_bytes=space.numel * compute_bytes,
         gradients_bytes=gradients * FP32_BYTES,
         optimizer_bytes=owned * FP32_BYTES * (3 if separate_master else 2),
-        activations_bytes=activation_peaks(run, parts, program)[rank],
+        activations_bytes=activations_bytes,
     )
 
 
 def activation_peaks(run: ResolvedRun, parts: tuple[tuple[str, ...], ...], program: Program) -> list[int]:
-    """The most bytes of activations that each pipeline rank holds at a time while it runs `program`."""
+    """The most bytes of activations that each pipeline rank holds at a time while it runs `program`.
+
+    Args:
+        parts: The units of each part of the model.
+    """
     tokens = run.batch.micro_batch * run.config.train.sequence
     whole, halved = (
         tuple(float(tokens * sum(bytes_of(run, name) for name in part)) for part in parts)

@@ -26,17 +26,16 @@ def uses_gpu(run: ResolvedRun) -> bool:
 def activation_bytes(run: ResolvedRun, unit: str) -> int:
     """Bytes per token that the forward of `unit` keeps for its backward on one tensor rank."""
     model, tensor, size = run.config.model, run.layout.tensor, element_bytes(run)
-    norm = model.hidden * (2 if uses_gpu(run) else 3)
+    norm = model.hidden * (2 * size if uses_gpu(run) else 2 * FP32_BYTES + size)
     if unit == "embed":
         return 8  # the token ids
     if unit == "head":
-        return norm * size + model.vocab // tensor * FP32_BYTES
+        return norm + model.vocab // tensor * FP32_BYTES
     if run.config.train.recompute == "full":
         return model.hidden * size
     heads = model.head_dim * (2 * model.heads + 2 * model.key_value_heads) // tensor
     feed_forward = (4 if model.activation == "swiglu" else 2) * model.feed_forward // tensor
-    kept = 2 * norm + heads + (feed_forward if run.config.train.recompute == "none" else 0)
-    return kept * size
+    return 2 * norm + (heads + (feed_forward if run.config.train.recompute == "none" else 0)) * size
 
 
 def weight_activation_bytes(run: ResolvedRun, unit: str) -> int:

@@ -16,7 +16,7 @@ from trainer.config.problems import ConfigError
 from trainer.config.run import BatchSizes, ResolvedRun, RunConfig
 from trainer.memory import estimate_memory
 from trainer.models.decoder import Block, Head, Rotary
-from trainer.program import build_program, numbers_of, units_of_parts
+from trainer.program import build_program, numbers_of
 from trainer.sizes import activation_bytes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -117,8 +117,9 @@ def test_state_bytes_follow_the_three_numbers() -> None:
     mesh = PaperMesh(run.layout, 0)
     program = build_program(run)
     space = build_space_of(run, mesh, build_modules(run, mesh, program))
-    memory = estimate_memory(run, space, numbers_of(run), units_of_parts(run), program, 0)
+    memory = estimate_memory(run, space, numbers_of(run), 17)
     assert memory.parameters_bytes == 4 * space.numel
+    assert memory.activations_bytes == 17
     assert memory.optimizer_bytes == 8 * space.numel // 4
     assert memory.gradients_bytes == 4 * (space.numel // 4 + 3 * max(unit.numel for unit in space.units))
 

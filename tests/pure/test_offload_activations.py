@@ -182,6 +182,16 @@ def test_small_tensors_stay_and_are_counted() -> None:
     assert torch.equal(small.grad, torch.full((7,), 2.0))  # type: ignore[arg-type]
 
 
+def test_empty_tensors_stay() -> None:
+    store = make_store([], (0, 0))
+    x = torch.empty(0, requires_grad=True)
+    with store.keeper(0, 0):
+        loss = (x * 1.0).square().sum()
+    there_and_back(store, 0, 0)
+    assert store.moved_bytes == 0
+    loss.backward()
+
+
 def test_only_what_is_named_is_moved() -> None:
     weights = make_weights()
     store = make_store(weights, (1, 0))
