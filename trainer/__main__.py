@@ -18,7 +18,7 @@ from trainer.config.run import load_config
 from trainer.environment import describe
 from trainer.loop import Loop
 from trainer.process import die_with_parent
-from trainer.program import build_program, numbers_of, units_of_parts
+from trainer.program import numbers_of, units_of_parts
 from trainer.session import Place, Session, open_session
 from trainer.signals import Signals
 
@@ -79,7 +79,7 @@ def introduction(session: Session) -> str:
         *(f"stage {index}    {_span_of(names)}" for index, names in enumerate(units_of_parts(run))),
     ]
     if layout.pipeline > 1:
-        lines += ["program", render_grid(build_program(run))]
+        lines += ["program", render_grid(session.engine.train_program)]
     if session.resumed_from is not None:
         lines.append(f"resumed    {session.resumed_from} (step {session.step}, sample {session.cursor:,})")
     return "\n".join(lines)

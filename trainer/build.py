@@ -41,6 +41,7 @@ from trainer.models.initialize import initial_weight
 from trainer.optim.kernels import make_kernel
 from trainer.optim.post_validation import PostValidation
 from trainer.optim.step import OptimizerStep
+from trainer.profile import shared
 from trainer.program import build_program, numbers_of, units_of_parts
 
 _EMBED = "embed"
@@ -211,7 +212,8 @@ def build_engine(run: ResolvedRun, mesh: Mesh, device: torch.device, observer: O
     """Everything that this rank trains with, with initial weights (on the meta device: shapes only)."""
     config, numbers = run.config, numbers_of(run)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
-    program = build_program(run)
+    # A search that is limited by time finds something else on every rank: one plans for all.
+    program = build_program(run) if device.type == "meta" else shared(mesh, lambda: build_program(run))
     stages = build_modules(run, mesh, program)
     space = build_space_of(run, mesh, stages)
     parameters = FlatParameters(space, dtype, device)

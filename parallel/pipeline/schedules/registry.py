@@ -14,7 +14,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -193,6 +193,12 @@ def generate(
         group=group,
         time_limit_seconds=time_limit_seconds,
     )
+    return _generated(name, request)
+
+
+@lru_cache(maxsize=16)
+def _generated(name: str, request: Request) -> Program:
+    """Generators are pure, and some search for long: what is asked again (by a check, then by a run) is there."""
     return find(name).generator(request)
 
 
