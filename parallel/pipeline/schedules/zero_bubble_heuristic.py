@@ -229,10 +229,6 @@ class _Planner:
         for rank in reversed(self.ranks):
             self._make_room(rank, Op.I)
             self._fill(rank, self._ready(rank, Op.I))
-            if rank.stage == 0 and rank.forwards == self.microbatches:
-                # Nobody waits for an I of the first rank: what is owed may as well run before it.
-                while rank.owed:
-                    self._run(rank, Op.W)
             self._run(rank, Op.I)
 
     def _make_room(self, rank: _Rank, op: Op) -> None:

@@ -100,7 +100,7 @@ def _search(request: Request, limits: Sequence[float], known: Plan, bound: float
     model = Model(request.microbatches, request.costs, limits, known.span_seconds, bound)
     binaries = len(model.binary)
     if binaries > MOST_BINARIES:
-        return _Outcome(None, bound, f"not searched, {binaries} choices are more than {MOST_BINARIES}")
+        return _Outcome(None, bound, f"not searched, {binaries} binaries are more than {MOST_BINARIES}")
     model.build()
     start = _columns(request, model, known)
     values, least, status = _highs(model, start, max(deadline - time.monotonic(), 0.0))
