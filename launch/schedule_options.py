@@ -11,12 +11,12 @@ Everything refused is a ScheduleError: the value, the rule, the fix.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from parallel.pipeline.costs import Costs, PerStage
 from parallel.pipeline.schedules.registry import ScheduleError, require
+from parallel.sizes import UNITS, parse_bytes
 
 COSTS: Mapping[str, str] = {
     "f": "forward_seconds",
@@ -32,11 +32,6 @@ COSTS: Mapping[str, str] = {
 }
 MEMORY: Mapping[str, str] = {"b": "activation", "w": "weight_activation"}
 _PER_STAGE = {"f", "i", "w", "offload", "reload", "b"}
-
-_BYTES: dict[str, int] = {unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB"))}
-_BYTES |= {unit: 1024**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1)}
-_UNITS: Mapping[str, int] = {unit.lower(): size for unit, size in _BYTES.items()}
-_SIZE = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def costs_of(costs: str | None, memory: str | None) -> Costs:
@@ -135,16 +130,14 @@ def _numbers(option: str, key: str, text: str) -> PerStage:
 
 def _size(option: str, text: str, *, plain: bool) -> float:
     """A number of bytes, or, without a unit where that is allowed, of activations."""
-    match = _SIZE.fullmatch(text)
     try:
-        number = float(match[1]) if match else math.nan
+        number = float(text) if plain and not text.strip()[-1:].isalpha() else parse_bytes(text)
     except ValueError:
         number = math.nan
-    unit = match[2].lower() if match else ""
     require(
-        math.isfinite(number) and number > 0 and (unit in _UNITS or (plain and not unit)),
+        math.isfinite(number) and number > 0,
         value=f"{option} {text}",
-        rule=f"must be a positive number with a unit of {', '.join(_BYTES)}" + (", or of activations" if plain else ""),
+        rule=f"must be a positive number with a unit of {', '.join(UNITS)}" + (", or of activations" if plain else ""),
         fix=f"write {option} 24GB" + (f" or {option} 8" if plain else ""),
     )
-    return number * _UNITS.get(unit, 1)
+    return number

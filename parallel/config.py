@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from parallel.layout import Layout
 from parallel.pipeline.schedules import registry
+from parallel.sizes import PATTERN
 
 
 class ProfileConfig(BaseModel):
@@ -38,10 +39,10 @@ class PipelineConfig(BaseModel):
         default="1f1b",
         description="Which schedule orders the micro-batches: a name that `atoll schedule --list` shows, or csv:FILE.",
     )
-    memory_limit: Annotated[float, Field(gt=0)] | None = Field(
+    memory_limit: Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=f"^{PATTERN}$")] | None = Field(
         default=None,
-        description="The most activations that a rank may hold at a time, in activations of one micro-batch on one "
-        "part of the model; null: as the schedule is published.",
+        description="The most activations that a rank may hold at a time, for schedules that keep to a limit: in bytes "
+        "such as 12GB, or in activations of one micro-batch on the heaviest part of the model; null: as published.",
     )
     group: int | None = Field(
         default=None, ge=1, description="Micro-batches that run through a part before the next part's turn (gis)."

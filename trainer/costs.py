@@ -13,11 +13,15 @@ from collections.abc import Sequence
 from parallel.pipeline.costs import Costs
 from trainer.config.run import ResolvedRun
 from trainer.models.partition import feed_forward_elements, stage_units, unit_flops, unit_products
-from trainer.sizes import activation_bytes
+from trainer.sizes import activation_bytes, weight_activation_bytes
 
 
 def derived_costs(run: ResolvedRun) -> Costs:
-    """Costs per part of the model for one micro-batch; one activation counts as one, whichever part it is of."""
+    """Costs per part of the model for one micro-batch.
+
+    Activations weigh what they take in memory: 1 is the heaviest part's, before its I or between I and W. (With
+    recomputation a part weighs more between the halves: W needs what I has computed again.)
+    """
     model, train = run.config.model, run.config.train
     parts = stage_units(model, train.sequence, run.parts, run.config.parallel.pipeline.partition)
     rank_rate = run.config.offload.activations.compute_flops_per_second
@@ -32,7 +36,33 @@ def derived_costs(run: ResolvedRun) -> Costs:
         inputs.append((in_products + 2 * scores + again) / rate)
         weights.append(in_products / rate)
     copies = copy_seconds(run, parts)
-    return Costs(tuple(forward), tuple(inputs), tuple(weights), offload_seconds=copies, reload_seconds=copies)
+    whole, halved = activations(run, parts)
+    unit = max(*whole, *halved)
+    return Costs(
+        tuple(forward),
+        tuple(inputs),
+        tuple(weights),
+        offload_seconds=copies,
+        reload_seconds=copies,
+        activation=tuple(size / unit for size in whole),
+        weight_activation=tuple(size / unit for size in halved),
+    )
+
+
+def heaviest_activation_bytes(run: ResolvedRun) -> float:
+    """Bytes of what the costs count as one activation."""
+    parts = stage_units(run.config.model, run.config.train.sequence, run.parts, run.config.parallel.pipeline.partition)
+    return max(size for sizes in activations(run, parts) for size in sizes)
+
+
+def activations(run: ResolvedRun, parts: Sequence[Sequence[str]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Bytes of one micro-batch's activations on each part of the model: from F to I, and from I to W."""
+    tokens = run.batch.micro_batch * run.config.train.sequence
+    whole, halved = (
+        tuple(float(tokens * sum(bytes_of(run, unit) for unit in part)) for part in parts)
+        for bytes_of in (activation_bytes, weight_activation_bytes)
+    )
+    return whole, halved
 
 
 def copy_seconds(run: ResolvedRun, parts: Sequence[Sequence[str]]) -> tuple[float, ...]:

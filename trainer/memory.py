@@ -24,8 +24,8 @@ from parallel.pipeline.program import Program
 from parallel.pipeline.simulate import peak_activations, simulate
 from parallel.zero.config import ThreeNumbers
 from trainer.config.run import ResolvedRun
-from trainer.costs import derived_costs
-from trainer.sizes import FP32_BYTES, activation_bytes, element_bytes, weight_activation_bytes
+from trainer.costs import activations, derived_costs
+from trainer.sizes import FP32_BYTES, element_bytes
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,7 @@ def activation_peaks(run: ResolvedRun, parts: tuple[tuple[str, ...], ...], progr
     Args:
         parts: The units of each part of the model.
     """
-    tokens = run.batch.micro_batch * run.config.train.sequence
-    whole, halved = (
-        tuple(float(tokens * sum(bytes_of(run, name) for name in part)) for part in parts)
-        for bytes_of in (activation_bytes, weight_activation_bytes)
-    )
+    whole, halved = activations(run, parts)
     costs = replace(derived_costs(run), activation=whole, weight_activation=halved)
     if Op.OFFLOAD in program.ops:  # then time decides what is where
         return [round(peak) for peak in simulate(program, costs).peak_activations]

@@ -12,9 +12,10 @@ from parallel.pipeline.passes.validate import add_validation
 from parallel.pipeline.program import Program
 from parallel.pipeline.schedules import registry
 from parallel.pipeline.verify import check
+from parallel.sizes import parse_bytes
 from parallel.zero.config import ThreeNumbers
 from trainer.config.run import ResolvedRun
-from trainer.costs import derived_costs
+from trainer.costs import derived_costs, heaviest_activation_bytes
 from trainer.models.partition import stage_units
 
 
@@ -32,10 +33,16 @@ def build_schedule(run: ResolvedRun, costs: Costs | None = None) -> Program:
         run.batch.gradient_accumulation,
         chunks=pipeline.chunks,
         costs=costs or derived_costs(run),
-        memory_limit=pipeline.memory_limit,
+        memory_limit=memory_limit(run),
         group=pipeline.group,
         time_limit_seconds=pipeline.time_limit_seconds,
     )
+
+
+def memory_limit(run: ResolvedRun) -> float | None:
+    """The configured limit in activations, which is what derived and measured costs count in."""
+    limit = run.config.parallel.pipeline.memory_limit
+    return parse_bytes(limit) / heaviest_activation_bytes(run) if isinstance(limit, str) else limit
 
 
 def complete_program(run: ResolvedRun, program: Program, costs: Costs | None = None) -> Program:
