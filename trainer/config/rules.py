@@ -12,6 +12,7 @@ from trainer.checkpoint.manifest import check_compatible
 from trainer.checkpoint.start import starting_checkpoint
 from trainer.config.problems import ConfigError, Problem
 from trainer.config.run import BatchSizes, ResolvedRun, RunConfig
+from trainer.costs import heaviest_activation_bytes
 from trainer.data.check import check_dataset
 from trainer.program import build_schedule
 
@@ -132,12 +133,15 @@ def _pipeline(config: RunConfig, layout: Layout, batch: BatchSizes | None) -> li
     problems += _offload(config, parts // pipeline.stages)
     if batch is None or problems:
         return problems
+    run = ResolvedRun(config, layout, batch)
     try:
-        build_schedule(ResolvedRun(config, layout, batch))
+        build_schedule(run)
     except registry.ScheduleError as error:
-        key = error.value.partition("=")[0]
+        key, rule = error.value.partition("=")[0], error.rule
         key = key if key in type(pipeline).model_fields else "schedule"
-        problems.append(Problem(f"parallel.pipeline.{key}", getattr(pipeline, key), error.rule, error.fix))
+        if key == "memory_limit" and isinstance(pipeline.memory_limit, str):
+            rule += f", in activations of {heaviest_activation_bytes(run) / 1e6:,.1f} MB"
+        problems.append(Problem(f"parallel.pipeline.{key}", getattr(pipeline, key), rule, error.fix))
     return problems
 
 
