@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.pipeline.actions import Action, Op
@@ -172,13 +172,13 @@ def test_fitted_schedules_take_p_and_2p_activations(request: Request) -> None:
 @given(requests(), st.floats(1.0, 3.0))
 def test_automatic_is_never_slower_than_what_fits_into_its_limit(request: Request, factor: float) -> None:
     p, m, costs = request.ranks, request.microbatches, request.costs
-    limit = factor * p * max(costs.activation_of(stage) for stage in range(p))
-
-    assume(limit >= max(costs.weight_activation_of(stage) for stage in range(p)))
+    limit = factor * p * max(least_memory(stage, costs) for stage in range(p))
     automatic = longest(simulate(generate("zb-auto", p, m, costs=costs, memory_limit=limit), costs))
     for name in (*HANDCRAFTED, "zb-1p", "zb-2p"):
         other = generate(name, p, m, costs=costs)
-        if max(peak_activations(other, rank, costs)[0] for rank in range(p)) <= limit:
+        peak = max(peak_activations(other, rank, costs)[0] for rank in range(p))
+        # The limit of zb-2p may be the larger one without being used up; it planned with what it may take.
+        if peak <= limit and (name != "zb-2p" or factor >= 2):
             assert automatic <= longest(simulate(other, costs)) * (1 + 1e-9), name
 
 
