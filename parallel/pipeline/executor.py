@@ -87,7 +87,8 @@ class Executor:
         # Keyed by (stage, micro-batch) of the pass that consumes or has produced the tensor.
         self._inputs: dict[tuple[int, int], _Arriving] = {}
         self._gradients: dict[tuple[int, int], _Arriving] = {}
-        self._outgoing: dict[Action, Tensor] = {}
+        self._outputs: dict[tuple[int, int], Tensor] = {}
+        self._input_gradients: dict[tuple[int, int], Tensor] = {}
         self._sends: deque[_Arriving] = deque()
         self._losses: dict[int, Tensor] = {}
         self._tokens: Sequence[Tensor] = ()
@@ -138,7 +139,7 @@ class Executor:
         """Forget everything that is under way on this rank."""
         for stage in self.stages.values():
             stage.abandon()
-        for under_way in (self._inputs, self._gradients, self._outgoing):
+        for under_way in (self._inputs, self._gradients, self._outputs, self._input_gradients):
             under_way.clear()
 
     def _is_valid(self, action: Action) -> bool:
@@ -196,7 +197,7 @@ class Executor:
         elif after in self.stages:
             self._inputs[after, microbatch] = _Arriving(output, None)
         else:
-            self._outgoing[Action(Op.SEND_F, action.stage, microbatch)] = output
+            self._outputs[action.stage, microbatch] = output
 
     def _backward(self, action: Action) -> None:
         """B or I: both take the output's gradient and give the input's."""
@@ -214,7 +215,7 @@ class Executor:
         if before in self.stages:
             self._gradients[before, microbatch] = _Arriving(dx, None)
         else:
-            self._outgoing[Action(Op.SEND_I, action.stage, microbatch)] = dx
+            self._input_gradients[action.stage, microbatch] = dx
 
     def _weight_gradients(self, group: tuple[Action, ...]) -> None:
         with ExitStack() as observed:
@@ -226,7 +227,8 @@ class Executor:
         sends, receives = [], []
         for action in group:
             if action.op in SEND_OPS:
-                sends.append((self._outgoing.pop(action).contiguous(), self._peer(action)))
+                place = self._outputs if action.op is Op.SEND_F else self._input_gradients
+                sends.append((place.pop((action.stage, _microbatch(action))).contiguous(), self._peer(action)))
             else:
                 receives.append((torch.empty_like(self.activation), self._peer(action)))
         works = self.channel.transfer(sends, receives)
@@ -234,8 +236,8 @@ class Executor:
         for action in group:
             if action.op not in SEND_OPS:
                 (buffer, _), work = next(arriving)
-                place = self._inputs if action.op is Op.RECV_F else self._gradients
-                place[action.stage, _microbatch(action)] = _Arriving(buffer, work)
+                arrivals = self._inputs if action.op is Op.RECV_F else self._gradients
+                arrivals[action.stage, _microbatch(action)] = _Arriving(buffer, work)
         self._sends += [_Arriving(tensor, work) for (tensor, _), work in zip(sends, works, strict=False)]
         self._await_sends(_SENDS_UNDER_WAY)
 
