@@ -23,13 +23,14 @@ STATES = ("model", "first_moment", "second_moment")
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Degrees of the axes and a ZeRO stage."""
+    """Degrees of the axes, a ZeRO stage, and the schedule, which decides what a pipeline rank holds."""
 
     tensor: int = 1
     pipeline: int = 1
     shard: int = 1
     replicate: int = 1
     zero: int = 0
+    schedule: str = "1f1b"
 
     @property
     def ranks(self) -> int:
@@ -38,6 +39,7 @@ class Arrangement:
     def __str__(self) -> str:
         degrees = {"tensor": self.tensor, "pipeline": self.pipeline, "shard": self.shard, "replicate": self.replicate}
         named = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
+        named += [self.schedule] if self.schedule != "1f1b" else []
         return "-".join([*named, f"zero{self.zero}"] if self.shard > 1 else named or ["single"])
 
     def run(self, **keys: Any) -> ResolvedRun:
@@ -49,6 +51,7 @@ class Arrangement:
             "train.sequence": 16,
             "parallel.tensor": self.tensor,
             "parallel.pipeline.stages": self.pipeline,
+            "parallel.pipeline.schedule": self.schedule,
             "parallel.data_shard": self.shard,
             "parallel.data_replicate": self.replicate,
             "zero.stage": self.zero,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ ARRANGEMENTS = [
     Arrangement(shard=4, zero=0),
     Arrangement(tensor=4),
 ]
+SCHEDULED = [
+    Arrangement(pipeline=2, schedule="zb-v"),
+    Arrangement(),
+    Arrangement(pipeline=4),
+    Arrangement(pipeline=2, schedule="bitpipe"),
+    Arrangement(pipeline=2, shard=2, zero=1, schedule="bitpipe"),
+    Arrangement(pipeline=2, shard=2, zero=2, schedule="breadth-first"),
+]
+"""Several parts of the model on a rank, in a V and in a loop, and the model twice."""
+
 TIED = [
     Arrangement(),
     Arrangement(pipeline=2),
@@ -77,6 +88,9 @@ def pairs() -> list[Pair]:
             for distance in (0, 1, 4) if tied else (0, 2, 5):
                 source = arrangements[(index + distance) % len(arrangements)]
                 found.append((Case(source, tied), Case(target, tied)))
+    scheduled = [Case(arrangement) for arrangement in SCHEDULED]
+    tied = [Case(arrangement, tied=True) for arrangement in SCHEDULED[::2]]
+    found += [pair for pair in (*product(scheduled, scheduled), *product(tied, tied)) if pair not in found]
     narrow = Case(Arrangement(pipeline=2, shard=2, zero=2), precision="bf16")
     found += [(narrow, Case(Arrangement(tensor=2, shard=2, zero=1), precision="bf16")), (narrow, narrow)]
     found += [(narrow, Case(Arrangement(shard=2, zero=1))), (Case(Arrangement(shard=2, zero=2)), narrow)]
@@ -217,18 +231,29 @@ def test_torchs_own_tools_read_the_files(root: Path, continued: dict[Case, list[
     assert all(torch.equal(whole[name], saved[name]) for name in saved)
 
 
-def test_all_ranks_write_and_nothing_is_written_twice(root: Path, continued: dict[Case, list[float]]) -> None:
-    case = Case(Arrangement(shard=2, replicate=2, zero=2))
+@pytest.mark.parametrize(
+    ("arrangement", "spread"),
+    [
+        (Arrangement(shard=2, replicate=2, zero=2), 1.5),
+        (Arrangement(pipeline=2, shard=2, zero=1, schedule="bitpipe"), 2.0),  # the parts of a model differ in size
+    ],
+    ids=str,
+)
+def test_all_ranks_write_and_nothing_is_written_twice(
+    arrangement: Arrangement, spread: float, root: Path, continued: dict[Case, list[float]]
+) -> None:
+    """Neither by replicas, nor by the copies of a bidirectional schedule."""
+    case = Case(arrangement)
     path = find_latest(root / str(case))
     assert path is not None
     manifest = read_manifest(path)
     data = [size for name, size in manifest.files.items() if name.endswith(".distcp")]
     elements = sum(tensor.numel() for tensor in torch.load(root / f"{case}.pt").values())
     assert len(data) == 4
-    assert max(data) < 1.5 * min(data)
+    assert max(data) < spread * min(data)
     # Each tensor is saved in fp32 with about a kilobyte around it.
     chunks = len(torch.load(root / f"{case}.pt")) * 6
     assert 4 * elements < sum(data) < 4 * elements + 1500 * chunks
-    assert manifest.zero == {"params": 1, "grads": 2, "optim": 2}
-    assert manifest.layout["data_replicate"] == 2
+    assert manifest.zero == {"params": 1, "grads": arrangement.zero, "optim": 2}
+    assert manifest.layout["data_replicate"] == arrangement.replicate
     assert manifest.updates == SAVED
