@@ -37,6 +37,17 @@ FOUR = {
     "1x1x4x1 stage 2": {"parallel.data_shard": 4, "zero.stage": 2},
     "2x2x1x1": {"parallel.tensor": 2, "parallel.pipeline.stages": 2},
     "1x2x2x1 stage 1": {"parallel.pipeline.stages": 2, "parallel.data_shard": 2, "zero.stage": 1},
+    "1x2x2x1 stage 2, zb-v": {
+        "parallel.pipeline.stages": 2,
+        "parallel.pipeline.schedule": "zb-v",
+        "parallel.data_shard": 2,
+        "zero.stage": 2,
+    },
+    "2x2x1x1, bitpipe": {
+        "parallel.tensor": 2,
+        "parallel.pipeline.stages": 2,
+        "parallel.pipeline.schedule": "bitpipe",
+    },
     "2x1x1x2 stage 0": {"parallel.tensor": 2, "parallel.data_replicate": 2, "zero.stage": 0},
 }
 
@@ -168,14 +179,14 @@ def test_masters_of_bf16_weights_are_fp32(stage: int) -> None:
 def spoil_gradients(engine: Engine, run: ResolvedRun, bad: float) -> None:
     """Put one bad number into this rank's gradients as its next backward ends, before they are reduced."""
     unit = next(unit for unit in engine.optimizer.gradients.units.values() if "blocks" in unit.unit.name)
-    complete = unit.complete
+    complete = unit._complete
 
     def spoiled() -> None:
         unit.writable()[5] = bad
-        unit.complete = complete  # type: ignore[method-assign]
+        unit._complete = complete  # type: ignore[method-assign]
         complete()
 
-    unit.complete = spoiled  # type: ignore[method-assign]
+    unit._complete = spoiled  # type: ignore[method-assign]
 
 
 def skipping(cases: dict[str, dict[str, Any]], culprit: int, bad: float) -> dict[str, Trace]:
