@@ -78,7 +78,13 @@ def says(text: str, path: str, value: str | None, rule: str, fix: str, origin: s
     ("override", "path", "value", "rule", "fix"),
     [
         ("train.stepz=5", "train.stepz", "5", "is not a key of train", "did you mean train.steps?"),
-        ("steps=5", "steps", "5", "is not a section of the configuration", "did you mean train.steps?"),
+        (
+            "steps=5",
+            "steps",
+            "5",
+            "is not a section of the configuration",
+            "did you mean train.steps or parallel.pipeline.profile.steps?",
+        ),
         ("train.steps=ten", "train.steps", "'ten'", "must be an integer of at least 1", "write train.steps: followed"),
         ("train.steps=2.5", "train.steps", "2.5", "must be an integer", "write train.steps: followed by"),
         ("train.steps=0", "train.steps", "0", "must be an integer of at least 1", "write train.steps: followed by"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from parallel.pipeline.actions import PASS_OPS, Action
@@ -200,7 +201,8 @@ def test_an_example_runs(example: Path, library: dict[str, str]) -> None:
     head = example.read_text().splitlines()[:8]
     assert "# yaml-language-server: $schema=./atoll.schema.json" in head
     assert f"#   atoll train {name}" in head
-    assert f"#   torchrun --nproc-per-node 4 -m trainer {name}" in head
+    ranks = yaml.safe_load(example.read_text())["run"]["ranks"]
+    assert f"#   torchrun --nproc-per-node {ranks} -m trainer {name}" in head
     small = [
         "train.steps=2",
         "train.eval_batches=1",

@@ -70,7 +70,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": TIED,
     "bf16": {"train.precision": "bf16"},
     "selective, qk-norm": {"train.recompute": "selective", "model.qk_norm": True, "model.kv_heads": 2},
-    "gelu": {"model.activation": "gelu"},
 }
 SHARDED = {"parallel.pipeline.stages": 2, "parallel.data_shard": 2, "train.global_batch": 16}
 ZERO: dict[str, dict[str, Any]] = {
@@ -130,7 +129,7 @@ def test_every_schedule_trains_like_1f1b(layout: str, mode: str) -> None:
         assert not identical(found["bitpipe"], found["1f1b"]), "the comparison shows the order of sums"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["p4", "p2 x tensor 2"])
 def test_schedules_of_each_kind_recompute(layout: str) -> None:
     found = in_layout(layout, "full", OF_EACH_KIND)
     assert unlike(found, expected=found["1f1b"], apart=COPIES) == []
