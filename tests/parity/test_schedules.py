@@ -74,6 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SHARDED = {"parallel.pipeline.stages": 2, "parallel.data_shard": 2, "train.global_batch": 16}
 ZERO: dict[str, dict[str, Any]] = {
     "stage 1": {"zero.stage": 1},
+    "stage 1, tied": {"zero.stage": 1, **TIED},
     "stage 2": {"zero.stage": 2},
     "stage 2, tied, full": {"zero.stage": 2, **TIED, **FULL},
 }
