@@ -319,21 +319,68 @@ def test_the_parts_at_the_ends_may_have_no_blocks(base: dict[str, Any]) -> None:
     assert resolve(make_config(case), 4).config.parallel.pipeline.partition == (0, 3, 1, 0)
 
 
-def test_a_program_in_a_file_must_fit(base: dict[str, Any], tmp_path: Path) -> None:
-    """As many ranks and micro-batches as the run has, and every pass there."""
+TWICE = "# placement: {}\n# replicas: {}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "tied"),
+    [
+        ("0F0,0B0\n1F0,1B0\n", "the program in the file is for microbatches=1, not 2", False),
+        ("0F0,0F1,0B0,0B1\n", "the program in the file is for ranks=1, not 2", False),
+        ("0F0,0F1,0B0,0B1\n1F0,1F1,1C0,1B1\n", "rank 1, cell 2: '1C0' is not an action: there is no op 'C'", False),
+        ("0F0,0F1,0I0,0W0,0I1\n1F0,1F1,1B0,1B1\n", "missing: 0W1 is missing on rank 0, the other half", False),
+        ("0F0,0F1,0B0,0B1\n1B0,1F0,1F1,1B1\n", "deadlock: rank 1, lane compute: 1B0 waits for 1F0 on rank 1", False),
+        (
+            "0F0,0SEND_F0,0F1,0SEND_F1,0B0,0B1\n1RECV_F0,1RECV_F0,1F0,1B0,1RECV_F1,1F1,1B1\n",
+            "must list F, B, I and W only, and lists RECV_F, SEND_F",
+            False,
+        ),
+        (
+            TWICE.format("0 1 0 1", 2) + "0F0,0B0,2F1,2B1\n1F0,1B0,3F1,3B1\n",
+            "must put the two copies of stage 0 on two ranks, and puts both on the same",
+            False,
+        ),
+        (
+            TWICE.format("0 1 1 0", 2) + "0F0,3F1,3B1,0B0\n2F1,1F0,1B0,2B1\n",
+            "with model.tied_embeddings and the model twice, its first and last stage must be on one rank",
+            True,
+        ),
+    ],
+)
+def test_a_program_in_a_file_must_be_right(
+    base: dict[str, Any], tmp_path: Path, text: str, rule: str, tied: bool
+) -> None:
+    """For these ranks and micro-batches, with every pass there, in an order that comes to its end."""
     file = tmp_path / "program.csv"
-    base |= {"parallel.pipeline.stages": 2, "parallel.pipeline.schedule": f"csv:{file}"}
-    file.write_text("0F0,0F1,0I0,0W0,0I1,0W1\n1F0,1F1,1B0,1B1\n")
-    assert resolve(make_config(base), 4).parts == 2
-    for rows, accumulation, rule in (
-        ("0F0,0B0\n1F0,1B0\n", 2, "the program in the file is for microbatches=1, not 2"),
-        ("0F0,0F1,0B0,0B1\n", 2, "the program in the file is for ranks=1, not 2"),
-        ("0F0,0B0\n1F0,1C0\n", 1, "rank 1, cell 1: '1C0' is not an action: there is no op 'C'"),
-    ):
-        file.write_text(rows)
-        (problem,) = problems({**base, "train.gradient_accumulation": accumulation})
-        assert (problem.path, problem.value) == ("parallel.pipeline.schedule", f"csv:{file}")
-        assert rule in problem.rule
+    file.write_text(text)
+    case = {"parallel.pipeline.stages": 2, "parallel.pipeline.schedule": f"csv:{file}", "model.tied_embeddings": tied}
+    (problem,) = problems({**base, **case})
+    assert (problem.path, problem.value) == ("parallel.pipeline.schedule", f"csv:{file}")
+    assert rule in problem.rule
+    if "waits for" in rule or "is missing" in rule:
+        assert "rank 1 | " in problem.rule, "the grid is shown"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0F0,0F1,0I0,0W0,0I1,0W1\n1F0,1F1,1B0,1B1\n",
+        TWICE.format("0 1 1 0", 2) + "0F0,3F1,3B1,0B0\n2F1,1F0,1B0,2B1\n",
+    ],
+)
+def test_a_right_program_in_a_file_is_taken(base: dict[str, Any], tmp_path: Path, text: str) -> None:
+    file = tmp_path / "program.csv"
+    file.write_text(text)
+    case = {"parallel.pipeline.stages": 2, "parallel.pipeline.schedule": f"csv:{file}"}
+    assert resolve(make_config({**base, **case}), 4).parts == 2
+
+
+def test_a_model_can_be_there_twice_and_no_more(base: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "program.csv"
+    file.write_text(TWICE.format("0 1 2", 3) + "0F0,0B0\n1F1,1B1\n2F2,2B2\n")
+    case = {"parallel.pipeline.stages": 3, "train.gradient_accumulation": 3, "train.global_batch": 6}
+    (problem,) = problems({**base, **case, "parallel.pipeline.schedule": f"csv:{file}"}, 3)
+    assert "holds the model 3 times; a run can hold it twice" in problem.rule
 
 
 def test_all_problems_are_told_at_once(base: dict[str, Any], tmp_path: Path) -> None:

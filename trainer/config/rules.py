@@ -7,7 +7,10 @@ from math import prod
 from pathlib import Path
 
 from parallel.layout import Layout
+from parallel.pipeline.actions import PASS_OPS
+from parallel.pipeline.program import Program
 from parallel.pipeline.schedules import registry
+from parallel.pipeline.verify import explain, verify
 from trainer.checkpoint.manifest import check_compatible
 from trainer.checkpoint.start import starting_checkpoint
 from trainer.config.problems import ConfigError, Problem
@@ -135,14 +138,34 @@ def _pipeline(config: RunConfig, layout: Layout, batch: BatchSizes | None) -> li
         return problems
     run = ResolvedRun(config, layout, batch)
     try:
-        build_schedule(run)
+        return _program_of_a_file(config, build_schedule(run))
     except registry.ScheduleError as error:
         key, rule = error.value.partition("=")[0], error.rule
         key = key if key in type(pipeline).model_fields else "schedule"
         if key == "memory_limit" and isinstance(pipeline.memory_limit, str):
             rule += f", in activations of {heaviest_activation_bytes(run) / 1e6:,.1f} MB"
-        problems.append(Problem(f"parallel.pipeline.{key}", getattr(pipeline, key), rule, error.fix))
-    return problems
+        return [Problem(f"parallel.pipeline.{key}", getattr(pipeline, key), rule, error.fix)]
+
+
+def _program_of_a_file(config: RunConfig, program: Program) -> list[Problem]:
+    """Registered schedules are right; what somebody wrote may be anything."""
+    schedule, fix, rule = config.parallel.pipeline.schedule, "correct the file", ""
+    if not schedule.startswith(registry.CSV):
+        return []
+    crowded = [s for s in range(program.depth) if program.rank_of(s) in map(program.rank_of, program.twins_of(s))]
+    folded = program.rank_of(0) == program.rank_of(program.depth - 1)
+    if added := sorted(program.ops - PASS_OPS):
+        rule = f"must list F, B, I and W only, and lists {', '.join(added)}"
+        fix = "leave them out of the file: a run adds transfers and all else itself"
+    elif violations := verify(program):
+        rule = explain(program, violations)
+    elif program.replicas > 2:
+        rule = f"holds the model {program.replicas} times; a run can hold it twice"
+    elif crowded:
+        rule = f"must put the two copies of stage {crowded[0]} on two ranks, and puts both on the same"
+    elif config.model.tied_embeddings and program.replicas > 1 and not folded:
+        rule = "with model.tied_embeddings and the model twice, its first and last stage must be on one rank"
+    return [Problem("parallel.pipeline.schedule", schedule, rule, fix)] if rule else []
 
 
 def _offload(config: RunConfig, parts: int) -> list[Problem]:
