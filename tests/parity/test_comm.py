@@ -173,6 +173,26 @@ def test_messages_arrive_in_order() -> None:
     run_ranks(3, check_send_and_receive)
 
 
+def check_transfers_of_any_size() -> None:
+    """Both ways at once; a large message leaves from another thread, and what is sent behind it stays behind it."""
+    link = channel()
+    lengths = (3, 1 << 20, 1, 1 << 17, 2)
+    peer = 1 - link.index
+    waiting = []
+    for number, length in enumerate(lengths):
+        sent = torch.full((length,), float(10 * link.index + number))
+        received = torch.zeros(length)
+        waiting.append((number, sent, received, link.transfer([(sent, peer)], [(received, peer)])))
+    for number, _, received, works in waiting:
+        for work in works:
+            work.wait()
+        assert bool((received == 10 * peer + number).all()), f"message {number}"
+
+
+def test_transfers_of_any_size_arrive_in_order() -> None:
+    run_ranks(2, check_transfers_of_any_size)
+
+
 def check_scratch_is_reused() -> None:
     """A second reduction of the same size takes no fresh memory, and two at once do not share theirs."""
     link = channel("direct")
