@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.schedule_options import costs_of
+from launch.schedule_options import KEPT_FOR_W, costs_of
 from parallel.pipeline.actions import Op
 from parallel.pipeline.costs import Costs
 from tests.support import make_run
@@ -56,7 +56,8 @@ def test_a_part_that_ran_both_ways_is_taken_by_its_halves() -> None:
 
 
 def test_the_command_takes_them_as_they_are_written() -> None:
-    costs = Costs((0.5, 0.25), (0.125, 1e-7), (3.0, 4.0), 0.001)
+    """The times; what activations weigh is another option of it."""
+    costs = Costs((0.5, 0.25), (0.125, 1e-7), (3.0, 4.0), 0.001, weight_activation=KEPT_FOR_W)
     assert costs_of(as_option(costs), None) == costs
     assert costs_of(as_object(costs)["option"], None) == costs
 
