@@ -32,8 +32,8 @@ COSTS: Mapping[str, str] = {
 }
 MEMORY: Mapping[str, str] = {"b": "activation", "w": "weight_activation"}
 KEPT_FOR_W = 0.4
-"""What W reads of an activation: 0.37 to 0.43 in the models of the zero-bubble paper (arXiv:2401.10241, 32 of 34 + 5as/h
-in Table 1); more where attention keeps no scores."""
+"""What W reads of an activation: 0.37 to 0.43 in the models of the zero-bubble paper (arXiv:2401.10241, Table 1: 32 of
+34 + 5as/h); more where attention keeps no scores."""
 _PER_STAGE = {"f", "i", "w", "offload", "reload", "b"}
 
 

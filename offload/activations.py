@@ -106,14 +106,18 @@ class ActivationStore:
         self._out, self._back = make_lane(device), make_lane(device)
 
     def keeper(self, stage: int, microbatch: int) -> AbstractContextManager[Any]:
-        """What stands around the forward of a micro-batch on a stage."""
+        """What stands around the forward of a micro-batch on a stage.
+
+        Tensors that stay are kept detached: a node that saves its own output through a hook would keep itself alive,
+        and a forward that never comes to its backward (post-validation repeats some) would stay in memory forever.
+        """
         self._forwards += 1
         forward, meter = self._forwards, self.meter
         if (stage, microbatch) not in self.offloaded:
 
             def count(tensor: Tensor) -> Tensor:
                 meter.save(tensor.untyped_storage(), stage, forward)
-                return tensor
+                return tensor.detach()
 
             return saved_tensors_hooks(count, _as_it_is)
 
@@ -164,7 +168,7 @@ class ActivationStore:
     def _pack(self, tensor: Tensor, kept: _Kept, forward: int) -> Tensor | _Handle:
         storage = tensor.untyped_storage()
         if not self.meter.save(storage, kept.stage, forward) or storage.nbytes() < self.smallest_bytes:
-            return tensor
+            return tensor.detach()
         piece = kept.pieces.get(storage._cdata)
         if piece is None:
             piece = kept.pieces[storage._cdata] = _Piece(kept, storage)

@@ -113,6 +113,7 @@ class Loop:
             return False
         steps = self.session.config.train.steps
         due = self._is_evaluated(step) or self._is_saved(step) or self._save_asked or step in self.profile.steps
+        due = due or self._is_traced(step)  # the timer holds one step
         return not (due or step == steps)
 
     def _launch(self, batches: Prefetch[int, list[np.ndarray]]) -> _Launched:

@@ -78,8 +78,10 @@ class Channel:
         self.group = group
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
-        self._gloo = dist.get_backend(group) == "gloo"
-        self._timeout = timedelta(seconds=timeout_seconds) if self._gloo and timeout_seconds is not None else None
+        backend = dist.get_backend(group)  # of a group for several kinds of devices: "cpu:gloo,cuda:nccl"
+        self._gloo = backend == "gloo"
+        bounded = "gloo" in backend and timeout_seconds is not None
+        self._timeout = timedelta(seconds=timeout_seconds or 0.0) if bounded else None
         if algorithm == "auto":
             algorithm = "direct" if self._gloo else "native"
         self.algorithm = algorithm
@@ -98,7 +100,7 @@ class Channel:
         own = self.share(buffer, self.index)
         if self.algorithm == "native":
             summed = torch.empty_like(own)
-            yield [self._work(dist.reduce_scatter_tensor(summed, buffer, group=self.group, async_op=True))]
+            yield [self._work(dist.reduce_scatter_tensor(summed, buffer, group=self.group, async_op=True), buffer)]
             own.copy_(summed)
             return
         arrived = self._take(own, self.size - 1)
@@ -114,7 +116,8 @@ class Channel:
             return
         own = self.share(buffer, self.index)
         if self.algorithm == "native":
-            yield [self._work(dist.all_gather_into_tensor(buffer, own.clone(), group=self.group, async_op=True))]
+            work = dist.all_gather_into_tensor(buffer, own.clone(), group=self.group, async_op=True)
+            yield [self._work(work, buffer)]
             return
         peers = self._peers()
         works = [self.receive(self.share(buffer, peer), peer) for peer in peers]
@@ -125,18 +128,23 @@ class Channel:
         if self.size == 1:
             return
         if self.algorithm == "native" or buffer.numel() % self.size:
-            yield [self._work(dist.all_reduce(buffer, group=self.group, async_op=True))]
+            yield [self._work(dist.all_reduce(buffer, group=self.group, async_op=True), buffer)]
             return
         yield from self.reduce_scatter(buffer)
         yield from self.all_gather(buffer)
 
     def send(self, tensor: Tensor, peer: int) -> Waitable:
         """Start to send a contiguous tensor to rank `peer` of the group; it may not change until the work ends."""
-        return self._work(self.group.send([tensor], peer, _TAG))
+        if self._sender is not None:  # in line with those that wait there
+            return _Handed(self._sender.submit(self._send, tensor, peer))
+        return self._send(tensor, peer)
+
+    def _send(self, tensor: Tensor, peer: int) -> Waitable:
+        return self._work(self.group.send([tensor], peer, _TAG), tensor)
 
     def receive(self, tensor: Tensor, peer: int) -> Waitable:
         """Start to receive into a contiguous tensor from rank `peer` of the group."""
-        return self._work(self.group.recv([tensor], peer, _TAG))
+        return self._work(self.group.recv([tensor], peer, _TAG), tensor)
 
     def transfer(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[Waitable]:
         """Start transfers that may proceed together: (tensor, peer) each; one work per send, then one per receive.
@@ -149,21 +157,17 @@ class Channel:
         if self._gloo:
             if self._sender is None and any(tensor.nbytes >= _LARGE_BYTES for tensor, _ in sends):
                 self._sender = ThreadPoolExecutor(1, "send")
-            send = self.send if self._sender is None else self._send_beside
-            return [send(*each) for each in sends] + [self.receive(*each) for each in receives]
+            return [self.send(*each) for each in sends] + [self.receive(*each) for each in receives]
         operations = [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for tensor, peer in sends]
         operations += [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for tensor, peer in receives]
         works = dist.batch_isend_irecv(operations)
         # A coalesced batch has one work for all; a back end without coalescing has one each.
-        return [self._work(works[min(index, len(works) - 1)]) for index in range(len(operations))]
+        pairs = enumerate([*sends, *receives])
+        return [self._work(works[min(index, len(works) - 1)], tensor) for index, (tensor, _) in pairs]
 
-    def _send_beside(self, tensor: Tensor, peer: int) -> Waitable:
-        assert self._sender is not None, "made with the first large message"
-        return _Handed(self._sender.submit(self.send, tensor, peer))
-
-    def _work(self, work: dist.Work | None) -> Waitable:
+    def _work(self, work: dist.Work | None, tensor: Tensor) -> Waitable:
         assert work is not None, "an asynchronous operation on a group that this rank belongs to returns its work"
-        return work if self._timeout is None else _Bounded(work, self._timeout)
+        return work if self._timeout is None or tensor.is_cuda else _Bounded(work, self._timeout)
 
     def _peers(self) -> list[int]:
         # Each rank starts with its next neighbour, so that no rank is everybody's first target.

@@ -6,7 +6,7 @@ waits for what the rule table says it needs: a forward for its input, a backward
 Everything that is not compute or transfer - reductions, updates, gathers, copies of activations - is a handler given
 by whoever owns that part, so a new op is a new entry and not a branch here.
 
-Two things are decided once, when the program is read: transfers with nothing between them start together
+Two things are decided once, when the program is read: a send and a receive that exchange with a neighbour start as one
 (`Channel.transfer`), and the W's that close a stage's step without anything between them run as one, parameter by
 parameter (`WeightGradients.run`).
 
@@ -83,7 +83,7 @@ class Executor:
         unknown = sorted({action.op for action in self.actions} - known)
         if unknown:
             raise ValueError(f"program {program.name!r} has ops that nothing here handles: {', '.join(unknown)}")
-        self._groups = _groups(self.actions)
+        self._groups = _groups(program, channel.index)
         # Keyed by (stage, micro-batch) of the pass that consumes or has produced the tensor.
         self._inputs: dict[tuple[int, int], _Arriving] = {}
         self._gradients: dict[tuple[int, int], _Arriving] = {}
@@ -228,9 +228,9 @@ class Executor:
         for action in group:
             if action.op in SEND_OPS:
                 place = self._outputs if action.op is Op.SEND_F else self._input_gradients
-                sends.append((place.pop((action.stage, _microbatch(action))).contiguous(), self._peer(action)))
+                sends.append((place.pop((action.stage, _microbatch(action))).contiguous(), _peer(self.program, action)))
             else:
-                receives.append((torch.empty_like(self.activation), self._peer(action)))
+                receives.append((torch.empty_like(self.activation), _peer(self.program, action)))
         works = self.channel.transfer(sends, receives)
         arriving = iter(zip(receives, works[len(sends) :], strict=True))
         for action in group:
@@ -241,13 +241,6 @@ class Executor:
         self._sends += [_Arriving(tensor, work) for (tensor, _), work in zip(sends, works, strict=False)]
         self._await_sends(_SENDS_UNDER_WAY)
 
-    def _peer(self, action: Action) -> int:
-        """The rank at the other end of a transfer."""
-        forwards = action.op in (Op.SEND_F, Op.RECV_I)
-        other = self.program.after(action.stage) if forwards else self.program.before(action.stage)
-        assert other is not None, "a transfer has another end"
-        return self.program.rank_of(other)
-
     def _await_sends(self, allowed: int) -> None:
         while len(self._sends) > allowed:
             work = self._sends.popleft().work
@@ -255,16 +248,20 @@ class Executor:
             work.wait()
 
 
-def _groups(actions: Sequence[Action]) -> list[tuple[Action, ...]]:
-    """The list cut into what starts together: adjacent transfers, and the last W's of a stage."""
+def _groups(program: Program, rank: int) -> list[tuple[Action, ...]]:
+    """The rank's list cut into what starts together: exchanges with a neighbour, and the last W's of a stage.
+
+    Only a send and the receive behind it, with one neighbour, are an exchange. One work stands for a whole batch on
+    NCCL, so in a larger one a pass would wait for transfers that it does not need.
+    """
+    actions = program.actions[rank]
     last = {action.stage: cell for cell, action in enumerate(actions) if action.op is Op.W}
     groups: list[tuple[Action, ...]] = []
     cell = 0
     while cell < len(actions):
         first, end = actions[cell], cell + 1
-        if first.op in TRANSFER_OPS:
-            while end < len(actions) and actions[end].op in TRANSFER_OPS:
-                end += 1
+        if first.op in SEND_OPS and end < len(actions) and actions[end].op in TRANSFER_OPS - SEND_OPS:
+            end += _peer(program, first) == _peer(program, actions[end])
         elif first.op is Op.W:
             while end < len(actions) and actions[end].op is Op.W and actions[end].stage == first.stage:
                 end += 1
@@ -273,6 +270,14 @@ def _groups(actions: Sequence[Action]) -> list[tuple[Action, ...]]:
         groups.append(tuple(actions[cell:end]))
         cell = end
     return groups
+
+
+def _peer(program: Program, action: Action) -> int:
+    """The rank at the other end of a transfer."""
+    forwards = action.op in (Op.SEND_F, Op.RECV_I)
+    other = program.after(action.stage) if forwards else program.before(action.stage)
+    assert other is not None, "a transfer has another end"
+    return program.rank_of(other)
 
 
 def _sent_in_vain(program: Program, rank: int) -> dict[int, int]:

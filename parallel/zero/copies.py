@@ -58,5 +58,5 @@ class CopiedGradients:
     def _exchange(self, name: str, peer: int) -> Steps:
         owned = self.store.units[name].owned
         arrived = torch.empty_like(owned)
-        yield [self.channel.receive(arrived, peer), self.channel.send(owned.clone(), peer)]
+        yield self.channel.transfer([(owned, peer)], [(arrived, peer)])
         owned.add_(arrived)

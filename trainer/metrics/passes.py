@@ -149,6 +149,8 @@ class _EventClock:
         return self._used - 2  # the first is the restart
 
     def seconds(self) -> list[float]:
+        if not self._used:
+            return []  # no step has begun
         origin, *events = self._events[: self._used]
         if events:
             events[-1].synchronize()  # the stream is in order: the last one is behind all others

@@ -17,7 +17,8 @@ synchronizations) goes around it, in three phases:
 All ranks must agree on repeating, for they have sent each other what those forwards gave. The sums only grow, so the
 first rank's guess is the boldest: all guesses are right if and only if the first one's was. Its sum travels along.
 
-The copy is of master weights, moments and counts; undoing AdamW by arithmetic would not give the same bits.
+The copy is of master weights, moments and counts; undoing AdamW by arithmetic would not give the same bits. The
+gradient needs none: a rank updates on a guess only with divisor 1, so kernels that divide in place leave it as it is.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class PostValidation(OptimizerStep):
         """Update the owned ranges of a stage with what is known, or leave it."""
         acts = self._guessed().acts
         if acts is not None:
+            acts = acts.to(self.device)
             self.optimizer.update(action.stage, self.lr, acts.divisor, acts.skip)
 
     def gather(self, action: Action) -> None:
@@ -129,6 +131,7 @@ class PostValidation(OptimizerStep):
         guess, self._guess = self._guess, None
         if guess is not None and guess.known is None:
             self._learn(guess)
+        self._await_sent()
 
     def _guessed(self) -> _Guess:
         if self._guess is None:
@@ -175,14 +178,16 @@ class PostValidation(OptimizerStep):
             if guess.acts is not None and not bool(guess.acts.skip):
                 self.optimizer.finish_gathers()
                 self.optimizer.restore()
+            moved = right.to(self.device)
             for stage in self.stages:
-                self.optimizer.update(stage, guess.lr, right.divisor, right.skip)
+                self.optimizer.update(stage, guess.lr, moved.divisor, moved.skip)
             for stage in self.stages:
                 self.optimizer.gather(stage)
         return False
 
     def _decide(self, squared: float) -> Decision:
-        return decide(torch.tensor(squared, dtype=torch.float64, device=self.device), self.clip)
+        """On the host, where the sums are: asking a GPU would wait for the forwards that it has been given."""
+        return decide(torch.tensor(squared, dtype=torch.float64), self.clip)
 
     def _receive(self, peer: int) -> _Sums:
         sums = _Sums()
@@ -190,8 +195,13 @@ class PostValidation(OptimizerStep):
         return sums
 
     def _send(self, whole: float, first: float, peer: int) -> None:
-        for sums in self._sent:  # of the step before: long gone
-            sums.wait()
+        self._await_sent()  # of the step before: long gone
         sums = _Sums(torch.tensor([whole, first], dtype=torch.float64))
         sums.work = self.channel.send(sums.table, peer)
         self._sent = [sums]
+
+    def _await_sent(self) -> None:
+        """Until the neighbour has what was sent to it; it has posted its receive."""
+        for sums in self._sent:
+            sums.wait()
+        self._sent.clear()

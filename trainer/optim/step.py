@@ -29,12 +29,18 @@ class Decision:
     skip: Tensor
 
 
+    def to(self, device: torch.device) -> Decision:
+        """The same on another device."""
+        return Decision(self.norm.to(device), self.divisor.to(device), self.skip.to(device))
+
+
 def decide(squared: Tensor, clip: float | None) -> Decision:
     """The decision for a sum of squares (fp64, shape ()) and the largest norm that is allowed."""
     norm = squared.sqrt().float()
     divisor = torch.ones_like(norm)
     if clip is not None:
-        divisor = ((norm + 1e-6) / clip).clamp_(min=1.0)
+        # By a tensor: a GPU divides by a number through its reciprocal, and all devices must come to the same bits.
+        divisor = ((norm + 1e-6) / torch.full_like(norm, clip)).clamp_(min=1.0)
     return Decision(norm, divisor, (~torch.isfinite(norm)).float())
 
 
