@@ -29,13 +29,11 @@ class ActivationOffloadConfig(BaseModel):
         default=4096, ge=0, description="Saved tensors of fewer bytes stay on the device: a copy of them does not pay."
     )
 
-    def count(self, parts: int) -> int:
-        """How many of the `parts` parts of the model on a rank are offloaded."""
-        if self.stages == "none":
-            return 0
-        if self.stages == "half":
-            return -(-parts // 2)
-        return parts if self.stages == "all" else self.stages
+    def fraction(self, parts: int) -> float:
+        """Of the parts of the model on a rank, at most `parts`, what is offloaded, rounded up to whole parts."""
+        if isinstance(self.stages, int):
+            return min(1.0, self.stages / parts)
+        return {"none": 0.0, "half": 0.5, "all": 1.0}[self.stages]
 
 
 class OffloadConfig(BaseModel):

@@ -15,6 +15,7 @@ from typing import Any
 from parallel.pipeline.actions import Action, Op
 from parallel.pipeline.costs import Costs
 from parallel.pipeline.program import Program
+from parallel.pipeline.schedules.registry import CSV
 from parallel.pipeline.simulate import simulate
 from trainer.config.run import ResolvedRun
 from trainer.costs import derived_costs
@@ -75,6 +76,8 @@ def measured_costs(ranks: Sequence[Measured], parts: int, derived: Costs) -> Cos
 
 def planned_again(run: ResolvedRun, program: Program, costs: Costs) -> Program:
     """The run's schedule for these costs, or the program as it is where that is no faster."""
+    if run.config.parallel.pipeline.schedule.startswith(CSV):
+        return program  # whatever stands in the file by now, the run has begun with this
     again = build_program(run, costs)
     assert again.placement == program.placement, "a schedule places its stages whatever they cost"
     return again if longest_span(again, costs) < longest_span(program, costs) else program

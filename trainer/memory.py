@@ -43,19 +43,27 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    run: ResolvedRun, space: FlatSpace, numbers: ThreeNumbers, activations_bytes: int
+    run: ResolvedRun, space: FlatSpace, numbers: ThreeNumbers, activations_bytes: int, replicas: int = 1
 ) -> MemoryEstimate:
-    """The estimate for a rank that holds `space` and so many bytes of activations (`activation_peaks`)."""
+    """The estimate for a rank that holds `space` and so many bytes of activations (`activation_peaks`).
+
+    Args:
+        replicas: Copies of the model in the program: what a rank exchanges with the other copy arrives beside its own.
+    """
     compute_bytes = element_bytes(run)
     owned = space.numel // numbers.optim
     separate_master = compute_bytes != FP32_BYTES
     largest = max(unit.numel for unit in space.units)
     # With sharded gradients two units are being reduced while a third is written.
     gradients = space.numel if numbers.grads == 1 else owned + 3 * largest
+    gradients += owned if replicas > 1 else 0
+    state = 3 if separate_master else 2
+    if run.config.optimizer.validation == "after" and run.layout.pipeline > 1:
+        state += 3  # master weights and moments as they were before the update
     return MemoryEstimate(
         parameters_bytes=space.numel * compute_bytes,
         gradients_bytes=gradients * FP32_BYTES,
-        optimizer_bytes=owned * FP32_BYTES * (3 if separate_master else 2),
+        optimizer_bytes=owned * FP32_BYTES * state,
         activations_bytes=activations_bytes,
     )
 

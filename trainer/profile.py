@@ -135,9 +135,16 @@ class Profile:
 
 def shared(mesh: Mesh, plan: Callable[[], Program]) -> Program:
     """The program that rank 0 plans, on all ranks."""
-    text = [plan().to_csv() if mesh.rank == 0 else ""]
-    dist.broadcast_object_list(text, group=mesh.channel(*AXES).group, group_src=0)
-    program = Program.from_csv(text[0])
+    told: list[str | Exception] = [""]
+    if mesh.rank == 0:
+        try:
+            told = [plan().to_csv()]
+        except Exception as error:  # noqa: BLE001 - raised below, here and on the ranks that wait for the program
+            told = [error]
+    dist.broadcast_object_list(told, group=mesh.channel(*AXES).group, group_src=0)
+    if isinstance(told[0], Exception):
+        raise RuntimeError("rank 0 could not plan the program") from told[0]
+    program = Program.from_csv(told[0])
     check(program)
     return program
 

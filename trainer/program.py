@@ -24,8 +24,11 @@ def numbers_of(run: ResolvedRun) -> ThreeNumbers:
     return run.config.zero.numbers(run.layout.data_shard)
 
 
-def build_schedule(run: ResolvedRun, costs: Costs | None = None) -> Program:
-    """The compute actions of a training step, as the schedule orders them for these costs (None: derived ones)."""
+def build_schedule(run: ResolvedRun, costs: Costs | None = None, *, search: bool = True) -> Program:
+    """The compute actions of a training step, as the schedule orders them for these costs (None: derived ones).
+
+    Without `search`, a schedule that searches gives what it starts from: enough to know that there is one.
+    """
     pipeline = run.config.parallel.pipeline
     return registry.generate(
         pipeline.schedule,
@@ -35,7 +38,7 @@ def build_schedule(run: ResolvedRun, costs: Costs | None = None) -> Program:
         costs=costs or derived_costs(run),
         memory_limit=memory_limit(run),
         group=pipeline.group,
-        time_limit_seconds=pipeline.time_limit_seconds,
+        time_limit_seconds=pipeline.time_limit_seconds if search else 0.0,
     )
 
 
@@ -50,9 +53,9 @@ def complete_program(run: ResolvedRun, program: Program, costs: Costs | None = N
     updates; verified."""
     costs = costs or derived_costs(run)
     program = pair_transfers(program, costs)
-    parts = program.stages // program.ranks
-    if count := run.config.offload.activations.count(parts):
-        program = offload_activations(program, costs, fraction=count / parts)
+    parts = max(len(program.stages_of(rank)) for rank in range(program.ranks))
+    if fraction := run.config.offload.activations.fraction(parts):
+        program = offload_activations(program, costs, fraction=fraction)
     program = add_reduce(program, per_microbatch=numbers_of(run).grads > 1)
     program = add_update(add_sync(program, costs))
     if run.config.optimizer.validation == "after":

@@ -116,14 +116,14 @@ def says(text: str, path: str, value: str | None, rule: str, fix: str, origin: s
             "parallel.pipeline={stages: 2, schedule: breadth-first, chunks: 4}",
             "parallel.pipeline.stages",
             "2",
-            "cuts the model into 8 parts, it has 6 units (embedding, 4 blocks, head)",
+            "cuts the model into 8 parts, it has 6 units (embedding, blocks, head)",
             "set parallel.pipeline.stages to at most 1, or fewer chunks",
         ),
         (
             "parallel.pipeline.schedule=dualpipe-v",
-            "parallel.pipeline.schedule",
-            "'dualpipe-v'",
-            "dualpipe-v needs at least 2 x ranks = 4",
+            "train.gradient_accumulation",
+            "2",
+            "micro-batches: dualpipe-v needs at least 2 x ranks = 4",
             "set it to 4 or more, or choose zb-v",
         ),
         (

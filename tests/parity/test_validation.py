@@ -181,3 +181,21 @@ def test_only_the_warm_up_is_repeated() -> None:
         assert warm_up > 0
         assert first == 2 * 8  # the first step, and one that was not repeated
         assert second == 8 + warm_up
+
+
+def measure_forgotten() -> tuple[int, int]:
+    """Rollbacks, and bytes of activations that are alive when nothing is under way."""
+    case = {**BATCHES, **schedule("1f1b", 2), "optimizer.validation": "after", "metrics.activations": True}
+    run = make_run(dist.get_world_size(), {**case, "optimizer.grad_clip": 0.1})
+    engine = build_engine(run, Mesh(run.layout, "cpu"), torch.device("cpu"))
+    for step in range(4):
+        engine.launch(rank_batches(run, 0, step), 1e-3)
+    engine.finish()
+    assert isinstance(engine.step, PostValidation)
+    assert engine.activations is not None
+    return engine.step.rollbacks, engine.activations.store.meter.alive_bytes
+
+
+def test_forwards_that_are_repeated_leave_nothing_behind() -> None:
+    """Every step is clipped and so guessed wrong."""
+    assert run_ranks(2, measure_forgotten) == [(4, 0), (4, 0)]

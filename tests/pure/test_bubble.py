@@ -105,6 +105,7 @@ def test_on_a_gpu_moments_are_events_of_the_stream(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     observer = PassTimer(torch.device("cuda"))
+    assert observer.read() == []  # the loop reads before the first step
     for _ in range(2):
         observer.begin(1)
         for microbatch in range(2):

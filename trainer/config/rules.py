@@ -121,7 +121,7 @@ def _pipeline(config: RunConfig, layout: Layout, batch: BatchSizes | None) -> li
             Problem(
                 "parallel.pipeline.stages",
                 pipeline.stages,
-                f"cuts the model into {parts} parts, it has {layers + 2} units (embedding, {layers} blocks, head)",
+                f"cuts the model into {parts} parts, it has {layers + 2} units (embedding, blocks, head)",
                 f"set parallel.pipeline.stages to at most {(layers + 2) * pipeline.stages // parts}, or fewer chunks",
             )
         )
@@ -134,17 +134,32 @@ def _pipeline(config: RunConfig, layout: Layout, batch: BatchSizes | None) -> li
             fix = "give one number of blocks per part of the model, or null for a balanced partition"
             problems.append(Problem("parallel.pipeline.partition", partition, rule, fix))
     problems += _offload(config, parts // pipeline.stages)
+    problems += _profile(config)
     if batch is None or problems:
         return problems
     run = ResolvedRun(config, layout, batch)
     try:
-        return _program_of_a_file(config, build_schedule(run))
+        return _program_of_a_file(config, build_schedule(run, search=False))
     except registry.ScheduleError as error:
-        key, rule = error.value.partition("=")[0], error.rule
-        key = key if key in type(pipeline).model_fields else "schedule"
-        if key == "memory_limit" and isinstance(pipeline.memory_limit, str):
-            rule += f", in activations of {heaviest_activation_bytes(run) / 1e6:,.1f} MB"
-        return [Problem(f"parallel.pipeline.{key}", getattr(pipeline, key), rule, error.fix)]
+        return [_refused(error, run)]
+
+
+def _refused(error: registry.ScheduleError, run: ResolvedRun) -> Problem:
+    """What a schedule cannot do, under the key that says so."""
+    pipeline = run.config.parallel.pipeline
+    word = error.value.partition("=")[0]
+    if word == "microbatches":
+        value, fix = run.batch.gradient_accumulation, error.fix.replace("microbatches", "it")
+        return Problem("train.gradient_accumulation", value, f"micro-batches: {error.rule}", fix)
+    if word == "ranks":
+        return Problem("parallel.pipeline.stages", pipeline.stages, error.rule, error.fix.replace("ranks", "it"))
+    if word == "memory_limit" and isinstance(pipeline.memory_limit, str):
+        unit = f"activations of {heaviest_activation_bytes(run) / 1e6:,.1f} MB"
+        return Problem(
+            "parallel.pipeline.memory_limit", pipeline.memory_limit, f"{error.rule}, in {unit}", f"{error.fix} {unit}"
+        )
+    key = word if word in type(pipeline).model_fields else "schedule"
+    return Problem(f"parallel.pipeline.{key}", getattr(pipeline, key), error.rule, error.fix)
 
 
 def _program_of_a_file(config: RunConfig, program: Program) -> list[Problem]:
@@ -159,6 +174,8 @@ def _program_of_a_file(config: RunConfig, program: Program) -> list[Problem]:
         fix = "leave them out of the file: a run adds transfers and all else itself"
     elif violations := verify(program):
         rule = explain(program, violations)
+    elif idle := [rank for rank in range(program.ranks) if not program.stages_of(rank)]:
+        rule = f"must put a stage on every pipeline rank, and puts none on rank {idle[0]}"
     elif program.replicas > 2:
         rule = f"holds the model {program.replicas} times; a run can hold it twice"
     elif crowded:
@@ -166,6 +183,19 @@ def _program_of_a_file(config: RunConfig, program: Program) -> list[Problem]:
     elif config.model.tied_embeddings and program.replicas > 1 and not folded:
         rule = "with model.tied_embeddings and the model twice, its first and last stage must be on one rank"
     return [Problem("parallel.pipeline.schedule", schedule, rule, fix)] if rule else []
+
+
+def _profile(config: RunConfig) -> list[Problem]:
+    """Costs are measured behind a first step, and a search must not outlast those who wait for it."""
+    pipeline, steps, problems = config.parallel.pipeline, config.train.steps, []
+    if pipeline.profile.steps and pipeline.profile.steps >= steps:
+        rule = f"must be less than train.steps ({steps}): the first step warms up"
+        fix = f"set it to at most {steps - 1}, or to 0"
+        problems.append(Problem("parallel.pipeline.profile.steps", pipeline.profile.steps, rule, fix))
+    if pipeline.time_limit_seconds >= config.run.timeout_seconds:
+        rule = f"must be less than run.timeout_seconds ({config.run.timeout_seconds:g}): the other ranks wait meanwhile"
+        problems.append(Problem("parallel.pipeline.time_limit_seconds", pipeline.time_limit_seconds, rule, "lower it"))
+    return problems
 
 
 def _offload(config: RunConfig, parts: int) -> list[Problem]:

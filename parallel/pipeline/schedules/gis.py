@@ -37,7 +37,11 @@ _SOURCE = "PipeOffload, arXiv:2503.01328"
 
 
 @register(
-    "gis", summary="interleaved with a split backward: 1F1B's memory, or less by `group`", source=_SOURCE, chunks=None
+    "gis",
+    summary="interleaved with a split backward: 1F1B's memory, or less by `group`",
+    source=_SOURCE,
+    chunks=None,
+    grouped=True,
 )
 def gis(request: Request) -> Program:
     """Groups of `group` micro-batches (None: p). Costs do not matter."""
@@ -45,7 +49,7 @@ def gis(request: Request) -> Program:
     return _split("gis", request, in_groups(group, request.chunks), (request.chunks - 1) * group)
 
 
-@register("gis-h", summary="gis in groups of p/2: about half of the memory", source=_SOURCE, chunks=None)
+@register("gis-h", summary="gis in groups of p/2: about half of the memory", source=_SOURCE, chunks=None, grouped=True)
 def gis_half(request: Request) -> Program:
     """Groups of half as many micro-batches as ranks, rounded up. Costs do not matter."""
     half = -(-request.ranks // 2)
@@ -58,7 +62,13 @@ def gis_half(request: Request) -> Program:
     return _split("gis-h", request, in_groups(half, request.chunks), (request.chunks - 1) * half)
 
 
-@register("uniform", summary="gis-h, evenly repeated: made for offloading activations", source=_SOURCE, chunks=None)
+@register(
+    "uniform",
+    summary="gis-h, evenly repeated: made for offloading activations",
+    source=_SOURCE,
+    chunks=None,
+    grouped=True,
+)
 def uniform(request: Request) -> Program:
     """A micro-batch every v slots, at least `group` (None: p/2) from chunk to chunk. Costs do not matter."""
     chunks = request.chunks

@@ -71,6 +71,7 @@ class Schedule:
         generator: writes the program.
         chunks: parts of the model per rank that it is made for, in order of preference; None: any number.
         limited: whether it keeps to a memory limit that it is given.
+        grouped: whether it can be told how many micro-batches run through a chunk before the next one's turn.
         report: for a schedule that searches: the program, and one line for people about the search.
     """
 
@@ -80,6 +81,7 @@ class Schedule:
     generator: Generator
     chunks: tuple[int, ...] | None = (1,)
     limited: bool = False
+    grouped: bool = False
     report: Report | None = None
 
     @property
@@ -108,6 +110,7 @@ def register(
     source: str,
     chunks: tuple[int, ...] | None = (1,),
     limited: bool = False,
+    grouped: bool = False,
     report: Report | None = None,
 ) -> Callable[[Generator], Generator]:
     """Make a generator known by a name; arguments as the attributes of `Schedule`. ValueError if the name is taken."""
@@ -118,7 +121,7 @@ def register(
             raise ValueError(
                 f"schedule {name!r} is already registered by {taken.__module__}.{taken.__name__}"
             )
-        _REGISTERED[name] = Schedule(name, summary, source, generator, chunks, limited, report)
+        _REGISTERED[name] = Schedule(name, summary, source, generator, chunks, limited, grouped, report)
         return generator
 
     return add
@@ -172,6 +175,13 @@ def generate(
     """
     if name.startswith(CSV):
         program = read_csv(Path(name.removeprefix(CSV)))
+        for key, given in (("chunks", chunks), ("memory_limit", memory_limit), ("group", group)):
+            require(
+                given is None,
+                value=f"{key}={given:g}" if given is not None else key,
+                rule="the program in a file is what it is",
+                fix=f"leave {key} out, or name a schedule",
+            )
         for key, found, wanted in (
             ("ranks", program.ranks, ranks),
             ("microbatches", program.microbatches, microbatches),
@@ -235,6 +245,14 @@ def request_for(
             value=f"memory_limit={memory_limit:g}",
             rule=f"{name} has a fixed order that no limit changes",
             fix=f"leave the limit out, or choose one of {with_limit}",
+        )
+    if group is not None:
+        with_groups = ", ".join(each.name for each in schedules().values() if each.grouped)
+        require(
+            schedule.grouped,
+            value=f"group={group}",
+            rule=f"{name} has no groups of micro-batches",
+            fix=f"leave the group out, or choose one of {with_groups}",
         )
     costs = costs or Costs()
     costs.require_stages(ranks * chunks)
