@@ -33,7 +33,7 @@ from parallel.pipeline.stage import Stage
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 """torch's schedules that put the first and the last stage on one rank; the others count on with the ranks."""
 
-AWAKE_SECONDS = 3e-4
+AWAKE_SECONDS = 2e-4
 """How long before its end a pass stops sleeping and counts: a sleep ends late by chance, a pass must not."""
 
 Mark = tuple[str, float, float]
@@ -41,17 +41,18 @@ Mark = tuple[str, float, float]
 
 
 class Passes:
-    """The passes of one rank: how long they sleep, and the marks they leave."""
+    """The passes of one rank: how long they sleep, in how many layers of a stage, and the marks they leave."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.layers = 1
         self.marks: list[Mark] = []
 
     def sleep(self, op: str) -> None:
-        start = time.perf_counter()
-        if self.seconds > AWAKE_SECONDS:
-            time.sleep(self.seconds - AWAKE_SECONDS)
-        while (end := time.perf_counter()) < start + self.seconds:
+        start, seconds = time.perf_counter(), self.seconds / self.layers
+        if seconds > AWAKE_SECONDS:
+            time.sleep(seconds - AWAKE_SECONDS)
+        while (end := time.perf_counter()) < start + seconds:
             pass
         self.marks.append((op, start, end))
 
@@ -143,8 +144,9 @@ class AtollStage(nn.Module):
         self.passes, self.gradients = passes, gradients
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = _Whole.apply(x, self.passes, self.gradients)  # type: ignore[no-untyped-call]
-        return output
+        for _ in range(self.passes.layers):
+            x = _Whole.apply(x, self.passes, self.gradients)  # type: ignore[no-untyped-call]
+        return x
 
 
 class TorchStage(nn.Module):
@@ -153,14 +155,15 @@ class TorchStage(nn.Module):
     def __init__(self, passes: Passes, first: bool) -> None:
         super().__init__()
         self.passes = passes
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(passes.layers))
         # The first input needs no gradient, and autograd would leave out I there.
         self.anchor = nn.Parameter(torch.zeros(1)) if first else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _TowardsWeight.apply(self.weight, self.passes)  # type: ignore[no-untyped-call]
-        output: Tensor = _Join.apply(_TowardsInput.apply(x, self.anchor, self.passes), weight)  # type: ignore[no-untyped-call]
-        return output
+        for parameter in self.weights:
+            weight = _TowardsWeight.apply(parameter, self.passes)  # type: ignore[no-untyped-call]
+            x = _Join.apply(_TowardsInput.apply(x, self.anchor, self.passes), weight)  # type: ignore[no-untyped-call]
+        return x
 
 
 class _Sink:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from benchmarks import common, pipeline
@@ -33,8 +31,11 @@ def test_every_schedule_is_measured_with_20_ms_a_stage() -> None:
     names = [name for name in schedules() if name != "zb-ilp"]  # its search takes seconds
     cases, expected, refused = pipeline.plan(names, [8])
     assert refused == []
-    whole = [case for case in cases.values() if case.system == "atoll" and case.pass_seconds == pipeline.PASS_SECONDS]
-    assert [case.schedule for case in whole if case.shape == pipeline.SMALL] == names
+    whole = [case for case in cases.values() if case.system == "atoll" and not case.is_compared]
+    assert [case.schedule for case in whole] == names
+    assert {(case.shape, case.pass_seconds, case.layers) for case in whole} == {
+        (pipeline.SMALL, pipeline.PASS_SECONDS, 1)
+    }
     for case in whole:
         assert expected[case.name].makespan_seconds >= case.busy_seconds
 
@@ -42,13 +43,15 @@ def test_every_schedule_is_measured_with_20_ms_a_stage() -> None:
 def test_a_comparison_is_between_equal_shares_of_the_model(planned: Planned) -> None:
     cases, _ = planned
     for shape in (pipeline.SMALL, pipeline.LARGE):
-        fair = [case for case in cases.values() if case.shape == shape and case.is_fair]
+        fair = [case for case in cases.values() if case.shape == shape and case.is_compared]
         assert {case.schedule for case in fair if case.system == "torch"} == set(pipeline.TORCH)
         assert "zb-v" in {case.schedule for case in fair if case.system == "atoll"}
         assert {round(case.busy_seconds, 9) for case in fair} == {0.48}
-    # gpipe keeps too much, and 1f1b is too far behind to become the best
+        assert {case.layers for case in fair} == {pipeline.LAYERS}
+    # gpipe keeps too much; 1f1b is too far behind to become the best, and is compared with torch's
     assert [case.schedule for case in cases.values() if case.system == "atoll" and case.shape == pipeline.LARGE] == [
-        "zb-v"
+        "1f1b",
+        "zb-v",
     ]
 
 
@@ -68,7 +71,7 @@ def test_programs_and_their_expectations_are_those_of_the_simulation(planned: Pl
         assert found.makespan_seconds == pytest.approx(timeline.makespan_seconds)
         assert case.busy_seconds == pytest.approx(timeline.busy_seconds(0))
     plain, whole, fair = (
-        expected[f"atoll {name}"] for name in ("1f1b, 8 x 20 ms", "zb-v, 8 x 20 ms", "zb-v, 8 x 10 ms")
+        expected[f"atoll {name}"] for name in ("1f1b, 8 x 20 ms", "zb-v, 8 x 20 ms", "zb-v, 8 x 10 ms, 8 layers")
     )
     assert plain.makespan_seconds == plain.span_seconds == pytest.approx(0.66)  # (m + p - 1) (F + I + W)
     assert whole.span_seconds == pytest.approx(0.96)  # no bubble on any rank
@@ -98,23 +101,17 @@ def test_the_best_within_1f1bs_memory_is_compared_with_the_best_of_torch(planned
     measured = {name: steps([0.9] * 3) for name in cases}
     measured["atoll gpipe, 8 x 20 ms"] = steps([0.48] * 3)  # the fastest, but it keeps too much
     measured["atoll zb-v, 8 x 20 ms"] = steps([0.48] * 3)  # as fast, but not of equal work
-    measured["atoll zb-v, 8 x 10 ms"] = steps([0.5, 0.6, 6.0])
-    measured["torch DualPipeV, 8 x 10 ms"] = steps([0.625] * 3)
+    measured["atoll zb-v, 8 x 10 ms, 8 layers"] = steps([0.5, 0.6, 6.0])
+    measured["torch DualPipeV, 8 x 10 ms, 8 layers"] = steps([0.625] * 3)
     bars = {each["name"]: each for each in pipeline.bars(cases, measured, expected)}
-    best = bars["step, atoll zb-v, 8 x 10 ms / torch DualPipeV, 8 x 10 ms"]
+    best = bars["step, atoll zb-v, 8 x 10 ms, 8 layers / torch DualPipeV, 8 x 10 ms, 8 layers"]
     assert (best["value"], best["bar"], best["ok"]) == (0.96, 0.92, False)
-    plain = bars["step, atoll 1f1b, 8 x 20 ms / torch 1F1B, 8 x 20 ms"]
+    plain = bars["step, atoll 1f1b, 8 x 20 ms, 8 layers / torch 1F1B, 8 x 20 ms, 8 layers"]
     assert (plain["value"], plain["bar"], plain["ok"]) == (1.0, 1.0, True)
     own = bars["span / simulated span, atoll 1f1b, 8 x 20 ms"]
     assert (own["value"], own["bar"], own["ok"]) == (1.364, 1.03, False)
     assert sum(each["bar"] == pipeline.LARGE_BAR for each in bars.values()) == 1
     assert sum(each["bar"] == pipeline.SIMULATION_BAR for each in bars.values()) == len(NAMES)
-
-
-def test_a_contestant_with_other_work_is_not_fair() -> None:
-    case = pipeline.Case("torch", "ZBVZeroBubble", 8, pipeline.SMALL, 2, pipeline.PASS_SECONDS / 2)
-    assert case.is_fair
-    assert not dataclasses.replace(case, chunks=1).is_fair
 
 
 def test_work_that_was_left_out_or_done_twice_is_refused() -> None:
