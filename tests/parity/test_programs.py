@@ -6,6 +6,7 @@ number can be compared with the plain chain of all stages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from parallel.comm.channel import Channel
 from parallel.gradients import WeightGradients, attach_slot
-from parallel.pipeline.actions import PASS_OPS, Action, Op
+from parallel.pipeline.actions import PASS_OPS, SEND_OPS, TRANSFER_OPS, Action, Op
 from parallel.pipeline.executor import Executor, Observer, unobserved
 from parallel.pipeline.passes.forward import forward_only
 from parallel.pipeline.passes.reduce import add_reduce
@@ -256,23 +257,17 @@ def started() -> tuple[list[tuple[int, int]], list[list[int]], list[str]]:
         for name, slot in part.slots.items():
             slot.told = lambda stage=stage, name=name: writes.append(f"{stage} {name}")  # type: ignore[misc]
     executor.run(*batches(program.microbatches))
-    cells = [[action.op.startswith(("SEND", "RECV")), action.op.startswith("SEND")] for action in executor.actions]
-    together, inside = [], False
-    for is_transfer, is_send in cells:
-        if is_transfer:
-            if not inside:
-                together.append((0, 0))
-            sends, receives = together[-1]
-            together[-1] = (sends + is_send, receives + (not is_send))
-        inside = is_transfer
-    assert transfers == together
+    kinds = ["S" if action.op in SEND_OPS else "R" if action.op in TRANSFER_OPS else "-" for action in executor.actions]
+    groups = re.findall("SR|S|R", "".join(kinds))
+    assert transfers == [(group.count("S"), group.count("R")) for group in groups]
     return transfers, weights, writes
 
 
 def test_what_starts_together() -> None:
-    """Adjacent transfers; and the W's that close a stage's step, parameter by parameter."""
+    """A send and the receive behind it, with one neighbour; and a stage's last W's, parameter by parameter."""
     first, last = run_ranks(2, started)
-    assert max(sends + receives for sends, receives in first[0]) > 1
+    assert (1, 1) in first[0]
+    assert max(sends + receives for sends, receives in first[0] + last[0]) == 2
     assert first[1] == [[0], [1, 2]]
     assert last[1] == [[1], [2]]
     assert last[2] == ["1 scale", "1 weight"] * 3

@@ -221,18 +221,11 @@ def test_a_config_that_holds(base: dict[str, Any]) -> None:
             "set the limit to 1 or more activations of ",
         ),
         (
-            {"parallel.pipeline.profile.steps": 10},
-            "parallel.pipeline.profile.steps",
-            10,
-            "must be less than train.steps (10): the first step warms up",
-            "set it to at most 9, or to 0",
-        ),
-        (
             {"parallel.pipeline.time_limit_seconds": 700.0},
             "parallel.pipeline.time_limit_seconds",
             700.0,
             "must be less than run.timeout_seconds (600)",
-            "lower it",
+            "set it to less than 600",
         ),
         (
             {

@@ -134,7 +134,7 @@ def _pipeline(config: RunConfig, layout: Layout, batch: BatchSizes | None) -> li
             fix = "give one number of blocks per part of the model, or null for a balanced partition"
             problems.append(Problem("parallel.pipeline.partition", partition, rule, fix))
     problems += _offload(config, parts // pipeline.stages)
-    problems += _profile(config)
+    problems += _search(config)
     if batch is None or problems:
         return problems
     run = ResolvedRun(config, layout, batch)
@@ -185,17 +185,14 @@ def _program_of_a_file(config: RunConfig, program: Program) -> list[Problem]:
     return [Problem("parallel.pipeline.schedule", schedule, rule, fix)] if rule else []
 
 
-def _profile(config: RunConfig) -> list[Problem]:
-    """Costs are measured behind a first step, and a search must not outlast those who wait for it."""
-    pipeline, steps, problems = config.parallel.pipeline, config.train.steps, []
-    if pipeline.profile.steps and pipeline.profile.steps >= steps:
-        rule = f"must be less than train.steps ({steps}): the first step warms up"
-        fix = f"set it to at most {steps - 1}, or to 0"
-        problems.append(Problem("parallel.pipeline.profile.steps", pipeline.profile.steps, rule, fix))
-    if pipeline.time_limit_seconds >= config.run.timeout_seconds:
-        rule = f"must be less than run.timeout_seconds ({config.run.timeout_seconds:g}): the other ranks wait meanwhile"
-        problems.append(Problem("parallel.pipeline.time_limit_seconds", pipeline.time_limit_seconds, rule, "lower it"))
-    return problems
+def _search(config: RunConfig) -> list[Problem]:
+    """A search must not outlast those who wait for it."""
+    limit, timeout = config.parallel.pipeline.time_limit_seconds, config.run.timeout_seconds
+    if limit < timeout:
+        return []
+    rule = f"must be less than run.timeout_seconds ({timeout:g}): the other ranks wait meanwhile"
+    fix = f"set it to less than {timeout:g}"
+    return [Problem("parallel.pipeline.time_limit_seconds", limit, rule, fix)]
 
 
 def _offload(config: RunConfig, parts: int) -> list[Problem]:
