@@ -47,7 +47,6 @@ class At(Enum):
     OWN_FED_BEFORE = auto()  # the same stage, where a transfer brings the output of the stage before
     OWN_FED_AFTER = auto()  # the same stage, where a transfer brings the gradient of the stage after
     RANK = auto()  # every stage of the same rank
-    RANK_AFTER = auto()  # every stage of the rank after
     TWINS = auto()  # the stages of other copies of the model that hold the same part
 
 
@@ -110,7 +109,7 @@ RULES: Mapping[Op, tuple[Rule, ...]] = MappingProxyType(
             Rule((Op.SYNC,), "the norm needs every gradient of the rank whole", At.RANK, if_listed=True),
             Rule((Op.FETCH,), "the optimizer state is here", if_listed=True),
         ),
-        Op.VALIDATE: (Rule((Op.VALIDATE,), "the rank after knows the whole norm", At.RANK_AFTER, if_listed=True),),
+        Op.VALIDATE: (),  # for something of the step before
         # Without an UPDATE before it, a GATHER collects weights that are as they were; nothing is waited for.
         Op.GATHER: (Rule((Op.UPDATE,), "the weights are updated", if_listed=True),),
         Op.GATHER_F: (),
@@ -197,8 +196,6 @@ def _stages(at: At, stage: int, program: Program) -> tuple[int, ...]:
         return (stage,)
     if at is At.RANK:
         return program.stages_of(program.placement[stage])
-    if at is At.RANK_AFTER:
-        return program.stages_of(program.placement[stage] + 1)
     if at is At.TWINS:
         return program.twins_of(stage)
     before = at in (At.BEFORE, At.BEFORE_DIRECT, At.OWN_FED_BEFORE)

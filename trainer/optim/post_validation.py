@@ -8,9 +8,9 @@ synchronizations) goes around it, in three phases:
 1. At the end of a step the sum of squares travels along the pipeline. A rank adds its own to what the ranks before it
    have; sends that on; and updates as if no more would come - without clipping if the norm so far does not ask for it,
    not at all if a NaN or infinity is in it. If the norm so far is already too large it does not guess but leaves the
-   update for later. The last rank knows everything.
-2. During the warm-up of the next step the whole sum travels back. A rank receives it (VALIDATE) before its first
-   backward, which would overwrite the gradients, and passes it on.
+   update for later. The last rank knows everything, and tells all others at once.
+2. During the warm-up of the next step a rank takes the whole sum (VALIDATE), before its first backward, which would
+   overwrite the gradients.
 3. If the guess was right, that was all. If not, it goes back to the copy of its owned range that it made before the
    update, updates with what is now known, gathers, and the executor repeats the forwards that used wrong weights.
 
@@ -141,6 +141,7 @@ class PostValidation(OptimizerStep):
     def _make_guess(self) -> _Guess:
         """Phase 1: the sum so far comes, goes on, and decides what this rank does."""
         channel, last = self.channel, self.channel.index == self.channel.size - 1
+        self._await_sent()  # of the step before: long gone
         self.copies.finish()
         own = float(self.norm.own())
         so_far, first = own, own
@@ -150,6 +151,8 @@ class PostValidation(OptimizerStep):
             so_far = before + own
         if last:
             whole = _Sums(torch.tensor([so_far, first], dtype=torch.float64))
+            for peer in range(channel.index):
+                self._send(so_far, first, peer)
             decision = self._decide(so_far)
             return _Guess(self.lr, decision, whole, known=decision if channel.size == 1 else None)
         self._send(so_far, first, channel.index + 1)
@@ -157,14 +160,12 @@ class PostValidation(OptimizerStep):
         acts = None if float(decision.divisor) > 1.0 and not bool(decision.skip) else decision
         if acts is not None and not bool(acts.skip):
             self.optimizer.save()
-        return _Guess(self.lr, acts, self._receive(channel.index + 1))
+        return _Guess(self.lr, acts, self._receive(channel.size - 1))
 
     def _learn(self, guess: _Guess) -> bool:
-        """Phases 2 and 3: the whole sum comes and goes on; wrong updates are made again."""
-        channel, last = self.channel, self.channel.index == self.channel.size - 1
+        """Phases 2 and 3: the whole sum is there; wrong updates are made again."""
+        last = self.channel.index == self.channel.size - 1
         whole, first = guess.whole.wait()
-        if channel.index:
-            self._send(whole, first, channel.index - 1)
         right, boldest = self._decide(whole), self._decide(first)
         guess.known = right
         if bool(right.skip):
@@ -195,10 +196,9 @@ class PostValidation(OptimizerStep):
         return sums
 
     def _send(self, whole: float, first: float, peer: int) -> None:
-        self._await_sent()  # of the step before: long gone
         sums = _Sums(torch.tensor([whole, first], dtype=torch.float64))
         sums.work = self.channel.send(sums.table, peer)
-        self._sent = [sums]
+        self._sent.append(sums)
 
     def _await_sent(self) -> None:
         """Until the neighbour has what was sent to it; it has posted its receive."""
